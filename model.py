@@ -1,0 +1,491 @@
+"""The three networks of Z-Image-Turbo: text encoder (Qwen3), diffusion transformer (S3-DiT), autoencoder (the Flux VAE).
+
+    prompt ids --TextEncoder--> features --+
+                                           +--> DiT, once per step --> latents --VAE.decode--> image
+    Gaussian noise ------------------------+
+
+Plain modules: nothing here knows about files (convert_weights.py) or sampling (sampler.py).
+
++-- The convention, used everywhere in this project ---------------------------------------------------------+
+|  time            t = 0 is pure noise, t = 1 is clean data            x_t = t * data + (1 - t) * noise      |
+|  network         v = net(x_t, t, text)  estimates the velocity       dx_t / dt = data - noise              |
+|  data estimate   x_hat = x_t + (1 - t) * v                           noise estimate   x_t - t * v          |
+|  Euler step      x += (t_next - t) * v                                                                     |
+|  (diffusers: sigma = 1 - t, network called with 1 - sigma, output negated. The same thing, twice flipped.) |
++------------------------------------------------------------------------------------------------------------+
+
+Shapes at line ends: B batch, L text tokens, D features, C latent channels, h w latent height and width,
+N image tokens, M caption tokens, S = N + M, H heads, d head width, p patch side.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Text(NamedTuple):
+    """Encoded prompts: what the DiT is told about the wanted image."""
+    features: Tensor  # (B, L, D), padded on the right
+    lengths: Tensor   # (B,) integers, real rows of each item
+
+
+class Context(NamedTuple):
+    """All the DiT computes from text and image size alone: made once by `DiT.prepare`, reused at every step."""
+    caption: Tensor       # (B, M, dim) refined caption tokens
+    rope: tuple           # (cos, sin), each (B, 1, N + M, d / 2): image tokens first, then caption tokens
+    mask: Tensor | None   # (B, 1, 1, N + M), true = attend; None where nothing needs masking
+
+
+# --- Parts used by more than one network --------------------------------------------------------------------
+
+
+def rotate_pairs(x, rope):
+    """Rotary embedding of neighbouring pairs (2i, 2i + 1), the DiT's: as complex numbers x * exp(i * angle), in reals."""
+    cos, sin = rope                                          # (B, 1, S, d/2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)       # (B, H, S, d/2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)  # (B, H, S, d)
+
+
+def rotate_halves(x, rope):
+    """Rotary embedding of pairs (i, i + d/2), Qwen's."""
+    cos, sin = rope                                          # (L, d/2)
+    a, b = x.float().chunk(2, -1)                            # (B, H, L, d/2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)                # (B, H, L, d)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), with w1 and w3 stacked into one matrix."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.w13(x).chunk(2, -1)                  # (B, S, hidden) each
+        return self.w2(F.silu(gate) * up)                    # (B, S, dim)
+
+
+class Attention(nn.Module):
+    """Attention with RMS-normalised queries and keys, q, k, v stacked into one matrix.
+
+    `kv_heads` < `heads` is grouped-query attention: that many queries in a row share one key and value.
+    """
+
+    def __init__(self, dim, heads, kv_heads, head_dim, eps, rotate):
+        super().__init__()
+        self.split = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        self.head_dim, self.groups, self.rotate = head_dim, heads // kv_heads, rotate
+        self.qkv = nn.Linear(dim, sum(self.split), bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps)
+        self.norm_k = nn.RMSNorm(head_dim, eps)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, x, rope, mask=None, causal=False):
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, H, S, d)
+                   for part in self.qkv(x).split(self.split, -1))
+        q, k = self.rotate(self.norm_q(q), rope), self.rotate(self.norm_k(k), rope)
+        if self.groups > 1:
+            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(x.transpose(1, 2).flatten(2))                           # (B, S, dim)
+
+
+# --- Text encoder: Qwen3, all but its last layer ------------------------------------------------------------
+
+
+@dataclass
+class TextEncoderConfig:
+    """Field names and defaults: text_encoder/config.json of the release (Qwen3-4B)."""
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728     # SwiGLU width
+    num_hidden_layers: int = 36       # of the language model; the last one is never needed here
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8      # grouped-query attention
+    head_dim: int = 128               # not hidden_size / heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+
+class TextEncoderLayer(nn.Module):
+    """Pre-norm decoder layer of Qwen3."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                                   c.rms_norm_eps, rotate_halves)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x, rope):
+        x = x + self.self_attn(self.input_layernorm(x), rope, causal=True)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextEncoder(nn.Module):
+    """Qwen3 up to the second-last layer's output: the features Z-Image was trained on (no final norm, no head).
+
+    forward(ids (B, L) integers padded on the right, lengths (B,)) -> Text. Rows past an item's length are zero.
+    Causal attention needs no mask for padding on the right: a real token never looks at what comes after it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TextEncoderLayer(config) for _ in range(config.num_hidden_layers - 1))
+
+    def frequencies(self):
+        """Rotary frequencies theta^(-2i/d), (d/2,) float32 whatever the weights' dtype: transformers keeps them so, too."""
+        d = self.config.head_dim
+        return self.config.rope_theta ** (-torch.arange(0, d, 2, device="cpu") / d)
+
+    def forward(self, ids, lengths):
+        x = self.embed_tokens(ids)                                              # (B, L, D)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        angles = positions[:, None] * self.frequencies().to(x.device)           # (L, d/2), float32
+        rope = angles.cos(), angles.sin()
+        for layer in self.layers:
+            x = layer(x, rope)
+        return Text(x * (positions < lengths[:, None]).unsqueeze(-1), lengths)
+
+
+# --- DiT: the single-stream diffusion transformer, S3-DiT ---------------------------------------------------
+
+
+@dataclass
+class DiTConfig:
+    """Field names and defaults: transformer/config.json of the release."""
+    in_channels: int = 16             # of the latents
+    dim: int = 3840
+    n_layers: int = 30                # over image and caption tokens together
+    n_refiner_layers: int = 2         # over each of the two alone, before that
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560          # the text encoder's hidden size
+    rope_theta: float = 256.0
+    axes_dims: tuple = (32, 48, 48)   # parts of a head turned by (frame, row, column); their sum is the head's width
+    axes_lens: tuple = (1536, 512, 512)  # positions each axis has room for
+    t_scale: float = 1000.0           # the sinusoidal embedding sees t_scale * t
+
+
+PATCH = 2         # a token is a patch of 2x2 latent pixels
+PAD_TO = 32       # both token sequences are padded to a multiple of this, with learned tokens
+TIME_DIM = 256    # width of the time embedding (less where dim is smaller)
+QK_NORM_EPS = 1e-5
+
+
+def round_up(n, multiple=PAD_TO):
+    return -(-n // multiple) * multiple
+
+
+def patchify(x):
+    """(B, C, h, w) -> (B, h/p * w/p, p * p * C): a token is a patch's numbers, channel fastest."""
+    x = x.unflatten(2, (-1, PATCH)).unflatten(-1, (-1, PATCH))                  # (B, C, h/p, p, w/p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens, h, w):
+    """The inverse of patchify: (B, h/p * w/p, p * p * C) -> (B, C, h, w)."""
+    tokens = tokens.unflatten(1, (h // PATCH, w // PATCH)).unflatten(-1, (PATCH, PATCH, -1))   # (B, h/p, w/p, p, p, C)
+    return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, min(dim, 256)): sinusoids of t_scale * t, then two linear layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.t_scale = config.t_scale
+        self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, min(config.dim, TIME_DIM)))
+
+    def forward(self, t):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = self.t_scale * t.float()[:, None] * frequencies                # (B, 128)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1).to(self.mlp[0].weight.dtype))
+
+
+class Block(nn.Module):
+    """Transformer block with norms before and after attention and SwiGLU. `c` (B, min(dim, 256)) is the time embedding:
+
+        x += tanh(gate) * norm2(f(norm1(x) * (1 + scale)))      f: attention, then SwiGLU
+
+    The context refiner's blocks do not know the time: no scales, no gates.
+    """
+
+    def __init__(self, config, modulated=True):
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.attention = Attention(dim, config.n_heads, config.n_heads, dim // config.n_heads, QK_NORM_EPS, rotate_pairs)
+        self.feed_forward = SwiGLU(dim, int(dim / 3 * 8))
+        self.attention_norm1, self.attention_norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.modulation = nn.Linear(min(dim, TIME_DIM), 4 * dim) if modulated else None
+
+    def forward(self, x, rope, mask=None, c=None):
+        if self.modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, mask))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        scale_a, gate_a, scale_f, gate_f = self.modulation(c).unsqueeze(1).chunk(4, -1)        # (B, 1, dim) each
+        a = self.attention(self.attention_norm1(x) * (1 + scale_a), rope, mask)                # (B, S, dim)
+        x = x + gate_a.tanh() * self.attention_norm2(a)
+        f = self.feed_forward(self.ffn_norm1(x) * (1 + scale_f))                               # (B, S, dim)
+        return x + gate_f.tanh() * self.ffn_norm2(f)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, scaled by the time embedding, then each token to its patch's numbers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(min(config.dim, TIME_DIM), config.dim)
+        self.linear = nn.Linear(config.dim, PATCH ** 2 * config.in_channels)
+
+    def forward(self, x, c):
+        return self.linear(self.norm(x) * (1 + self.modulation(F.silu(c)).unsqueeze(1)))       # (B, N, p*p*C)
+
+
+class DiT(nn.Module):
+    """S3-DiT (diffusers: ZImageTransformer2DModel): one stream of image tokens followed by caption tokens.
+
+    forward(x (B, C, h, w), t (B,), text) -> v, shaped and typed like x. h and w are multiples of the patch side.
+    `text` is a Text, or a Context from `prepare` where the same text serves many steps; a batch of one is
+    stretched over x's batch.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.x_embedder = nn.Linear(PATCH ** 2 * config.in_channels, config.dim)
+        self.cap_embedder = nn.Sequential(nn.RMSNorm(config.cap_feat_dim, config.norm_eps),
+                                          nn.Linear(config.cap_feat_dim, config.dim))
+        self.t_embedder = TimestepEmbedder(config)
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_layer = FinalLayer(config)
+
+    def rope(self, positions):
+        """(cos, sin) of the rotary angles for positions (B, S, 3) = (frame, row, column)."""
+        angles = []
+        for axis, (d, length) in enumerate(zip(self.config.axes_dims, self.config.axes_lens)):
+            # The official table: float64 on the CPU (some devices have none), then rounded to float32.
+            frequencies = self.config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)
+            table = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies).float()
+            angles.append(table.to(positions.device)[positions[..., axis]])     # (B, S, d/2)
+        angles = torch.cat(angles, -1).unsqueeze(1)                             # (B, 1, S, head_dim/2)
+        return angles.cos(), angles.sin()
+
+    def prepare(self, text, h, w):
+        """Text and latent size -> Context: caption tokens through the context refiner, rope tables, mask.
+
+        Two kinds of padding. Each caption is padded to a multiple of 32 with the learned `cap_pad_token`, and the
+        network attends to those tokens: they are part of what it learned. What a ragged batch needs beyond that
+        to be rectangular is masked.
+        """
+        features, lengths = text
+        rows, columns = h // PATCH, w // PATCH
+        device, n, m = features.device, rows * columns, round_up(features.shape[1])
+        padded = round_up(lengths)                                              # (B,)
+        index = torch.arange(m, device=device)
+
+        caption = self.cap_embedder(features.to(self.cap_pad_token.dtype))      # (B, L, dim)
+        caption = F.pad(caption, (0, 0, 0, m - caption.shape[1]))               # (B, M, dim)
+        caption = torch.where((index < lengths[:, None]).unsqueeze(-1), caption, self.cap_pad_token)
+
+        # Positions (frame, row, column): caption token k at (1 + k, 0, 0), image tokens in the frame after the
+        # padded caption, image pad tokens at (0, 0, 0).
+        at = torch.zeros(len(features), round_up(n) + m, 3, dtype=torch.long, device=device)   # (B, S, 3)
+        at[:, :n, 0] = 1 + padded[:, None]
+        at[:, :n, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
+        at[:, :n, 2] = torch.arange(columns, device=device).repeat(rows)
+        at[:, round_up(n):, 0] = 1 + index
+        cos, sin = self.rope(at)
+
+        # A mask keeps the fastest attention kernels away: only a ragged batch gets one. To see which it is means
+        # reading numbers back from the device, cheap here, once per prompt. A compiled graph cannot branch on
+        # them and always masks; compile the steps and call prepare outside to keep the fast kernels.
+        mask = None
+        if torch.compiler.is_compiling() or bool((padded < m).any()):
+            mask = F.pad(index < padded[:, None], (round_up(n), 0), value=True)[:, None, None]  # (B, 1, 1, S)
+        for block in self.context_refiner:
+            caption = block(caption, (cos[:, :, -m:], sin[:, :, -m:]), None if mask is None else mask[..., -m:])
+        return Context(caption, (cos, sin), mask)
+
+    def forward(self, x, t, text):
+        b, _, h, w = x.shape
+        caption, (cos, sin), mask = text if isinstance(text, Context) else self.prepare(text, h, w)
+        c = self.t_embedder(t)                                                  # (B, min(dim, 256))
+
+        image = self.x_embedder(patchify(x).to(self.x_embedder.weight.dtype))               # (B, N, dim)
+        n, padding = image.shape[1], -image.shape[1] % PAD_TO
+        image = torch.cat((image, self.x_pad_token.expand(b, padding, -1)), 1)                 # (B, N padded, dim)
+        for block in self.noise_refiner:
+            image = block(image, (cos[:, :, :n + padding], sin[:, :, :n + padding]), c=c)
+
+        z = torch.cat((image, caption.expand(b, -1, -1)), 1)                                   # (B, S, dim)
+        for block in self.layers:
+            z = block(z, (cos, sin), mask, c)
+        return unpatchify(self.final_layer(z[:, :n], c), h, w).type_as(x)                   # (B, C, h, w)
+
+
+# --- VAE: image <-> latents, the Flux autoencoder -----------------------------------------------------------
+
+
+@dataclass
+class VAEConfig:
+    """Field names and defaults: vae/config.json of the release. Its weights are kept in float32."""
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple = (128, 256, 512, 512)  # one level each; every level but the last halves the size
+    layers_per_block: int = 2         # residual blocks a level in the encoder; the decoder has one more
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611    # the DiT's latents are (z - shift) * scale
+    shift_factor: float = 0.1159
+
+    @property
+    def downsampling(self):
+        """Image pixels per latent pixel, along one side: 8 for the release."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))        # (B, c_out, h, w)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all pixels, in the middle of encoder and decoder."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                  # (B, h*w, C)
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, -1)                    # (B, 1, h*w, C) each
+        tokens = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))   # (B, h*w, C)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attention = SpatialAttention(channels, groups)
+
+    def forward(self, x):
+        return self.resnets[1](self.attention(self.resnets[0](x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then (`resample`) a convolution that halves or doubles the size."""
+
+    def __init__(self, c_in, c_out, layers, groups, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.downsample = nn.Conv2d(c_out, c_out, 3, stride=2) if resample == "down" else None
+        self.upsample = nn.Conv2d(c_out, c_out, 3, padding=1) if resample == "up" else None
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        if self.downsample is not None:
+            x = self.downsample(F.pad(x, (0, 1, 0, 1)))      # padded right and below only, as the release was trained
+        if self.upsample is not None:
+            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    """image (B, 3, 8h, 8w) -> mean and log variance of z, stacked: (B, 2C, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(channels[max(i - 1, 0)], c, config.layers_per_block, groups, "down" if i < len(channels) - 1 else None)
+            for i, c in enumerate(channels))
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """z (B, C, h, w) -> image (B, 3, 8h, 8w): the encoder turned round, with one more residual block a level."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.levels = nn.ModuleList(
+            Level(channels[max(i - 1, 0)], c, config.layers_per_block + 1, groups, "up" if i < len(channels) - 1 else None)
+            for i, c in enumerate(channels))
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """AutoencoderKL without quant convolutions. Images are (B, 3, H, W) in [-1, 1], latents (B, C, H/8, W/8).
+
+    Latents on the outside are what the DiT works on: (z - shift_factor) * scaling_factor, about unit variance.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    def moments(self, image):
+        """image -> mean and log variance of z, before shift and scale, each (B, C, h, w)."""
+        mean, logvar = self.encoder(image).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, image, noise=None):
+        """image -> latents: of the posterior's mean, or of a sample from it where `noise` (B, C, h, w) is given."""
+        z, logvar = self.moments(image)
+        if noise is not None:
+            z = z + (0.5 * logvar).exp() * noise
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents):
+        """latents -> image, nominally in [-1, 1]; the network may overshoot a little."""
+        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
