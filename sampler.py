@@ -1,0 +1,376 @@
+"""Prompt -> image: load, encode, time schedule, Euler loop, decode; and the command line.
+
+    python sampler.py "a small red circle on a blue background"          the small model of this repository
+    python sampler.py "a cat" --model DIR                                Z-Image-Turbo, downloaded to DIR
+
+The functions in the order they are used; `generate` calls them all. Time, velocity and the Euler step: the box at the
+top of model.py. `guidance` is the official pipeline's g: v + g (v - v_negative), the paper's alpha - 1; 0 is off.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from convert_weights import UserError, load_dit, load_text_encoder, load_tokenizer, load_vae, open_checkpoint, run_command
+from model import PATCH, VAE, DiT, Text, TextEncoder
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's chat template, one user message
+MAX_TOKENS = 512                                                       # with the template; the rest is cut
+BUNDLED = [Path(__file__).parent / "tutorials" / "shapes" / name for name in ("student", "teacher")]
+
+
+@dataclass
+class Pipeline:
+    """A loaded checkpoint: all `generate` needs."""
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    dit: DiT
+    vae: VAE
+    shift: float            # of the time schedule, from the checkpoint
+    steps: int = 8          # what the model is meant to be sampled with
+    guidance: float = 0.0
+    size: int = 1024        # pixels
+    name: str = ""
+    device: torch.device = torch.device("cpu")
+    offload: bool = False   # networks stay on the CPU and visit the device to work
+
+    @property
+    def pixel_multiple(self):
+        """Height and width must be multiples of this: the VAE's downsampling times the patch side; 16 for the release."""
+        return PATCH * self.vae.config.downsampling
+
+
+def load_pipeline(path, device="cpu", dtype=torch.float32, offload=False):
+    """Loads a checkpoint directory, official layout or ours. `dtype` is that of text encoder and DiT; the VAE runs in float32."""
+    checkpoint, device = open_checkpoint(path), torch.device(device)
+    home = torch.device("cpu") if offload else device
+    return Pipeline(
+        tokenizer=load_tokenizer(checkpoint.tokenizer),
+        text_encoder=load_text_encoder(checkpoint.folders["text_encoder"], home, dtype),
+        dit=load_dit(checkpoint.folders["dit"], home, dtype),
+        vae=load_vae(checkpoint.folders["vae"], home, torch.float32),
+        name=Path(path).resolve().name, device=device, offload=offload, **checkpoint.settings)
+
+
+@contextmanager
+def at_work(pipeline, network):
+    """Where networks are offloaded, `network` is on the device inside the block, and back on the CPU after it."""
+    if pipeline.offload:
+        network.to(pipeline.device)
+    try:
+        yield network
+    finally:
+        if pipeline.offload:
+            network.to("cpu")
+
+
+@torch.no_grad()
+def encode_prompts(pipeline, prompts):
+    """Prompts (list of B strings) -> Text, features (B, L, D), L the longest. Prompts over 512 tokens are cut, with a warning."""
+    ids = []
+    for prompt in prompts:
+        try:
+            tokens = pipeline.tokenizer.encode(TEMPLATE.format(prompt), add_special_tokens=False).ids
+        except (TypeError, UnicodeError):
+            raise UserError(f"the prompt {prompt!r} is not valid Unicode text") from None
+        if len(tokens) > MAX_TOKENS:
+            warnings.warn(f"a prompt of {len(tokens)} tokens is cut to {MAX_TOKENS}: {prompt[:40]!r}...")
+        ids.append(torch.tensor(tokens[:MAX_TOKENS]))
+    lengths = torch.tensor([len(i) for i in ids])
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)                # (B, L)
+    with at_work(pipeline, pipeline.text_encoder) as encoder:
+        return encoder(ids.to(pipeline.device), lengths.to(pipeline.device))
+
+
+def time_schedule(steps, shift):
+    """Times of an N-step run, (N + 1,) float32, rising from 0 (noise) to 1 (data).
+
+    The uniform grid t = i/N, with noise levels sigma = 1 - t shifted towards noise:
+    sigma -> s sigma / (1 + (s - 1) sigma), which keeps 0 and 1 (FlowMatchEulerDiscreteScheduler, static shift s).
+    """
+    if steps < 1:
+        raise UserError(f"steps should be at least 1, not {steps}")
+    if not shift > 0:
+        raise UserError(f"shift should be above 0, not {shift}")
+    sigma = torch.cat((torch.linspace(1, 1 / steps, steps), torch.zeros(1)))
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    # Rounded as diffusers rounds, in float32 by way of "timesteps" 1000 sigma: the network multiplies t by 1000 before
+    # taking sines of it, so that one last bit here is a thousand there.
+    return (1000 - 1000 * sigma) / 1000
+
+
+def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False):
+    """Classifier-free guidance, v + g (v - v_negative), (B, C, h, w) float32.
+
+    cfg_normalization c (True is 1) limits each image's L2 norm to c times that of v, as the official pipeline does.
+    """
+    v = net(x, t, text).float()
+    guided = v + guidance * (v - net(x, t, negative).float())
+    if cfg_normalization:
+        norm, limit = guided.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1) * float(cfg_normalization)
+        guided = guided * (limit / norm).clamp(max=1).view(-1, *[1] * (x.ndim - 1))
+    return guided
+
+
+@torch.no_grad()
+def sample(net, noise, text, times, guidance=0.0, negative=None, cfg_normalization=False, cfg_truncation=1.0, progress=False):
+    """The Euler loop: noise at times[0] -> data at times[-1], float32, shaped like `noise` (B, ...).
+
+    `net` is any (x, t, text) -> v. What a DiT computes from the text alone is computed once. Guidance 0 neither
+    needs nor runs `negative`; above it is on while t <= cfg_truncation.
+    """
+    if guidance > 0 and negative is None:
+        raise ValueError("guidance needs `negative`, the encoded negative prompt")
+    if hasattr(net, "prepare"):
+        text = net.prepare(text, *noise.shape[-2:])
+        negative = net.prepare(negative, *noise.shape[-2:]) if guidance > 0 else None
+    x, times = noise.float(), times.tolist()
+    for t, t_next in zip(tqdm(times[:-1], desc="sampling", unit="step", disable=not progress), times[1:]):
+        at = torch.full((len(x),), t, device=x.device)
+        if guidance > 0 and t <= cfg_truncation:
+            v = guided_velocity(net, x, at, text, negative, guidance, cfg_normalization)
+        else:
+            v = net(x, at, text).float()
+        x = x + (t_next - t) * v
+    return x
+
+
+def image_noise(shape, seeds):
+    """One draw of Gaussian noise (B, C, h, w) per seed, on the CPU, so that a seed means the same picture on every device.
+
+    -> (first, second): text to image uses the first; image to image samples the VAE with the first, then starts from
+    the second, as the official pipelines do with one generator an image.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return tuple(torch.cat([torch.randn(1, *shape, generator=g) for g in generators]) for _ in range(2))
+
+
+def prepare_image(image, height, width):
+    """A PIL image -> (1, 3, height, width) in [-1, 1], cropped to the shape's proportions and resized."""
+    image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def check_size(pipeline, height, width):
+    multiple = pipeline.pixel_multiple
+    limit = min(pipeline.dit.config.axes_lens[1:]) * multiple
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple or value > limit:
+            near = min(max(round(value / multiple), 1) * multiple, limit)
+            raise UserError(f"{name} should be a multiple of {multiple} up to {limit}, not {value}; the nearest is {near}")
+
+
+@torch.no_grad()
+def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=None, negative_prompt="", seed=0, noise=None,
+             output="pil", shift=None, cfg_normalization=False, cfg_truncation=1.0, init_image=None, strength=0.6, progress=False):
+    """Prompts (a string or a list of B) -> B images, all in one batch; image i depends on prompt i and seed + i only.
+
+    None: what the checkpoint recommends. noise (B, C, h, w) replaces the seeds' draw. output: "pil", a list;
+    "tensor", (B, 3, height, width) in [0, 1]; "latent", (B, C, h, w). init_image (PIL, or (1 or B, 3, height, width)
+    in [-1, 1]): start from it, after the first (1 - strength) of the steps (official: ZImageImg2ImgPipeline).
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    steps, shift = (pipeline.steps if steps is None else steps), (pipeline.shift if shift is None else shift)
+    guidance = pipeline.guidance if guidance is None else guidance
+    height, width = height or pipeline.size, width or pipeline.size
+    check_size(pipeline, height, width)
+    if not prompts:
+        raise UserError("there is no prompt")
+    times = time_schedule(steps, shift)
+
+    shape = pipeline.dit.config.in_channels, *(side // pipeline.vae.config.downsampling for side in (height, width))
+    first, second = image_noise(shape, range(seed, seed + len(prompts)))
+    if init_image is None:
+        x = first if noise is None else noise
+    else:
+        if not 0 < strength <= 1:
+            raise UserError(f"strength should be above 0 and at most 1, not {strength}")
+        times = times[int(max(steps - min(steps * strength, steps), 0)):]       # the official pipeline's cut
+        if len(times) < 2:
+            raise UserError(f"strength {strength} leaves none of {steps} steps; raise one of them")
+        image = prepare_image(init_image, height, width) if isinstance(init_image, Image.Image) else init_image
+        with at_work(pipeline, pipeline.vae) as vae:
+            latents = vae.encode(image.expand(len(prompts), -1, -1, -1).to(pipeline.device), first.to(pipeline.device)).cpu()
+        x = times[0] * latents + (1 - times[0]) * (second if noise is None else noise)
+
+    text = encode_prompts(pipeline, prompts if len(set(prompts)) > 1 else prompts[:1])
+    negative = encode_prompts(pipeline, [negative_prompt]) if guidance > 0 else None
+    with at_work(pipeline, pipeline.dit) as dit:
+        latents = sample(dit, x.to(pipeline.device), text, times, guidance, negative, cfg_normalization, cfg_truncation, progress)
+    if not latents.isfinite().all():
+        dtype = str(dit.x_embedder.weight.dtype).removeprefix("torch.")
+        raise UserError(f"the latents are not finite, so there is no image: this network overflows in {dtype}"
+                        + ("; use --dtype bfloat16 or float32" if dtype == "float16" else " or its weights are damaged"))
+    if output == "latent":
+        return latents
+    with at_work(pipeline, pipeline.vae) as vae:                                # one at a time: full-size pictures are large
+        images = torch.cat([vae.decode(x[None]) for x in latents]).div(2).add(0.5).clamp(0, 1)
+    if output == "tensor":
+        return images
+    return [Image.fromarray(i) for i in images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+
+def save_png(image, path, info):
+    """Writes a PNG with text chunks under `path`, or path-1, path-2, ... if that is taken. Whole or not at all. -> path used."""
+    text = PngInfo()
+    for key, value in info.items():
+        text.add_text(key, str(value))
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        image.save(part, format="PNG", pnginfo=text)
+        for name in itertools.chain([path], (path.with_name(f"{path.stem}-{i}.png") for i in itertools.count(1))):
+            try:
+                open(name, "x").close()                                         # fails where the name is taken
+            except FileExistsError:
+                continue
+            os.replace(part, name)
+            return name
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def enlarge(image, how):
+    """Shows small pictures at a whole multiple of their size, at least 256 pixels on the shorter side."""
+    factor = 1 if how == "none" else -(-256 // min(image.size))
+    if factor == 1:
+        return image
+    return image.resize([side * factor for side in image.size], Image.Resampling[how.upper()])
+
+
+def read_prompts(path):
+    """The lines of a UTF-8 text file, without empty ones."""
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+
+
+def read_image(path):
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or 'it is not a picture'}") from None
+
+
+def pick_device(name):
+    """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device; UserError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use --device cpu, or leave it out") from None
+    return device
+
+
+def pick_model(path):
+    if path:
+        return Path(path)
+    for folder in BUNDLED:
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError("no bundled model is here; name a checkpoint directory with --model DIR")
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description="Prompt to image with Z-Image-Turbo, or with the small bundled model.")
+    add = parser.add_argument
+    whole = lambda low: lambda text: int(text) if int(text) >= low else parser.error(f"{text} is below {low}")
+    add("prompt", nargs="*", help="one or several prompts, each in quotes")
+    add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
+    add("--model", metavar="DIR", help="a checkpoint directory, official layout or ours (default: the bundled model)")
+    add("--out", metavar="FILE.png", default="image.png", help="default image.png; image-1.png and so on where that is taken")
+    add("--num-images", type=int, default=1, help="images of each prompt (default 1)")
+    add("--batch-size", type=int, default=1, help="images computed at once (default 1)")
+    add("--height", type=int, help="pixels (default: the model's own size)")
+    add("--width", type=int)
+    add("--size", metavar="WxH", help="both at once, such as 1280x720")
+    add("--steps", type=int, help="network evaluations (default: the model's own, 8 for Turbo)")
+    add("--seed", type=int, default=0, help="image i of a run uses seed + i (default 0)")
+    add("--guidance", type=float, help="0 is off; the official pipeline's guidance_scale, alpha - 1 in the paper (default: the model's own)")
+    add("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
+    add("--cfg-normalization", type=float, default=0.0, metavar="C", help="limit the guided velocity's norm to C times the plain one's")
+    add("--cfg-truncation", type=float, default=1.0, metavar="T", help="no guidance once t is above T")
+    add("--shift", type=float, help="of the time schedule (default: the checkpoint's)")
+    add("--init-image", metavar="FILE", help="image to image: start from this picture")
+    add("--strength", type=float, default=0.6, help="how far to go from it, above 0 to 1 (default 0.6)")
+    add("--dtype", choices=["bfloat16", "float32", "float16"], help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--compile", action="store_true", help="torch.compile the DiT: slower start, faster steps")
+    add("--offload", action="store_true", help="keep each network on the device only while it works")
+    add("--upscale", choices=["none", "nearest", "lanczos"], default="lanczos", help="how to enlarge pictures under 256 pixels (default lanczos)")
+    args = parser.parse_args(arguments)
+    if args.size:
+        try:
+            args.width, args.height = map(int, args.size.lower().split("x"))
+        except ValueError:
+            raise UserError(f"--size should look like 1024x768, not {args.size!r}") from None
+    for name in ("num_images", "batch_size", "steps", "height", "width"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed should be between 0 and 2^63 - 1, not {args.seed}")
+    args.prompt += read_prompts(args.prompts) if args.prompts else []
+    if not args.prompt:
+        raise UserError("there is no prompt; give one in quotes, or --prompts FILE with one a line")
+    args.out = Path(args.out)
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        raise UserError(f"--out should be the name of a .png file, not {args.out}")
+    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise UserError(f"--out: {args.out.parent} is not a directory that can be written to")
+    return args
+
+
+def main():
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    args = parse_arguments()
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    init_image = read_image(args.init_image) if args.init_image else None
+    pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload)
+    if init_image and not (args.height or args.width):
+        args.width, args.height = (max(side // pipeline.pixel_multiple, 1) * pipeline.pixel_multiple for side in init_image.size)
+    if args.compile:
+        pipeline.dit.compile()
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    settings = {"steps": args.steps or pipeline.steps, "guidance": pipeline.guidance if args.guidance is None else args.guidance,
+                "height": args.height or pipeline.size, "width": args.width or pipeline.size,
+                "shift": pipeline.shift if args.shift is None else args.shift, "negative_prompt": args.negative_prompt}
+    start = time.perf_counter()
+    for first in range(0, len(prompts), args.batch_size):
+        batch, seed = prompts[first:first + args.batch_size], args.seed + first
+        images = generate(pipeline, batch, seed=seed, cfg_normalization=args.cfg_normalization, cfg_truncation=args.cfg_truncation,
+                          init_image=init_image, strength=args.strength, progress=True, **settings)
+        for i, (prompt, image) in enumerate(zip(batch, images)):
+            size = f"{image.width}x{image.height}"
+            path = save_png(enlarge(image, args.upscale), args.out, {
+                "prompt": prompt, "seed": seed + i, "size": size, "model": pipeline.name, "dtype": str(dtype).removeprefix("torch."),
+                **{key: settings[key] for key in ("steps", "guidance", "shift", "negative_prompt")},
+                **({"init_image": Path(args.init_image).name, "strength": args.strength} if init_image else {})})
+            print(f"{path}  ({time.perf_counter() - start:.1f} s)")
+            start = time.perf_counter()
+
+
+if __name__ == "__main__":
+    run_command(main)
