@@ -10,6 +10,7 @@ top of model.py. `guidance` is the official pipeline's g: v + g (v - v_negative)
 import argparse
 import itertools
 import os
+import re
 import sys
 import time
 import warnings
@@ -77,15 +78,20 @@ def at_work(pipeline, network):
             network.to("cpu")
 
 
+def token_ids(tokenizer, prompt):
+    """The prompt in its chat template -> token ids, not cut."""
+    try:
+        return tokenizer.encode(TEMPLATE.format(prompt), add_special_tokens=False).ids
+    except (TypeError, UnicodeError):
+        raise UserError(f"the prompt {prompt!r} is not valid Unicode text") from None
+
+
 @torch.no_grad()
 def encode_prompts(pipeline, prompts):
     """Prompts (list of B strings) -> Text, features (B, L, D), L the longest. Prompts over 512 tokens are cut, with a warning."""
     ids = []
     for prompt in prompts:
-        try:
-            tokens = pipeline.tokenizer.encode(TEMPLATE.format(prompt), add_special_tokens=False).ids
-        except (TypeError, UnicodeError):
-            raise UserError(f"the prompt {prompt!r} is not valid Unicode text") from None
+        tokens = token_ids(pipeline.tokenizer, prompt)
         if len(tokens) > MAX_TOKENS:
             warnings.warn(f"a prompt of {len(tokens)} tokens is cut to {MAX_TOKENS}: {prompt[:40]!r}...")
         ids.append(torch.tensor(tokens[:MAX_TOKENS]))
@@ -189,6 +195,8 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     check_size(pipeline, height, width)
     if not prompts:
         raise UserError("there is no prompt")
+    if not guidance >= 0:
+        raise UserError(f"guidance should be 0 or above, not {guidance}")
     times = time_schedule(steps, shift)
 
     shape = pipeline.dit.config.in_channels, *(side // pipeline.vae.config.downsampling for side in (height, width))
@@ -342,6 +350,18 @@ def parse_arguments(arguments=None):
     return args
 
 
+@contextmanager
+def memory_explained():
+    """Turns a device's or the machine's lack of memory into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError("out of memory; try --offload (on a GPU), a smaller --size, --batch-size 1 or --dtype bfloat16") from None
+
+
+@memory_explained()
 def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     args = parse_arguments()
