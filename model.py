@@ -79,6 +79,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, kv_heads, head_dim, eps, rotate):
         super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
         self.split = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.head_dim, self.groups, self.rotate = head_dim, heads // kv_heads, rotate
         self.qkv = nn.Linear(dim, sum(self.split), bias=False)
@@ -264,6 +266,8 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if sum(config.axes_dims) * config.n_heads != config.dim or len(config.axes_dims) != 3 or len(config.axes_lens) != 3:
+            raise ValueError("axes_dims and axes_lens are three numbers each, with sum(axes_dims) * n_heads = dim")
         self.config = config
         self.x_embedder = nn.Linear(PATCH ** 2 * config.in_channels, config.dim)
         self.cap_embedder = nn.Sequential(nn.RMSNorm(config.cap_feat_dim, config.norm_eps),
