@@ -71,20 +71,30 @@ NAMES = {
         .upsample.                      .upsamplers.0.conv.""",
 }
 
-# What the official config.json says besides the fields of our configs. Read: a value that differs is refused, since
-# model.py builds only this; the first line must be there. Written: what makes diffusers and transformers open the directory.
+# What the official config.json says besides the fields of our configs. Read: the first key says what it is and must be
+# there, and any value that differs is refused, since model.py builds only this. Written: as it stands.
 FIXED = {
-    "text_encoder": {"model_type": "qwen3", "hidden_act": "silu",
-                     "attention_bias": False, "use_sliding_window": False, "tie_word_embeddings": True},
+    "text_encoder": {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     "dit": {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1], "qk_norm": True},
-    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "force_upcast": True,
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
             "use_quant_conv": False, "use_post_quant_conv": False, "latents_mean": None, "latents_std": None},
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
                   "use_dynamic_shifting": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
                   "use_beta_sigmas": False, "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False},
 }
+
+# The rest of an official directory: the same for every checkpoint.
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+OFFICIAL_JSON = {
+    "tokenizer/tokenizer_config.json": {
+        "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE, "model_max_length": 131072,
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False},
+    "model_index.json": {
+        "_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]},
+}
 
 # MD5 of the files of the Z-Image-Turbo release.
 OFFICIAL_MD5 = {
@@ -128,11 +138,10 @@ class Entry(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A network on disk: its configuration, and where each stored tensor is."""
+    """A network on disk: its configuration, and where its pieces are."""
     config: object
-    pieces: list      # of Piece
-    official: bool    # the layout, which says by which of a piece's two names it is stored
-    where: dict       # name -> Entry
+    official: bool    # the layout: an entry is one piece, or a tensor of ours it is some rows of
+    pieces: dict      # Piece -> Entry, or None for a piece that is not stored and not needed
 
 
 def build_pieces(network, config):
@@ -168,55 +177,69 @@ def read_json(path):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(data).__name__}")
     return data
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30       # not NaN either
+
+
+def is_whole(value):
+    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
+
+
+RULES = {int: (is_whole, "a positive whole number"), float: (is_number, "a number"),
+         tuple: (lambda v: isinstance(v, (list, tuple)) and v and all(map(is_whole, v)), "a list of positive whole numbers")}
+
+
 def parse_config(network, data, path, official=True):
     """The network's config dataclass from a JSON object. Fields it lacks take the release's values, as in diffusers."""
     if official:
-        kind, *_ = FIXED[network]             # model_type or _class_name: must be there
-        check_fixed({kind: None, **data}, FIXED[network], path)
+        check_fixed(data, FIXED[network], path)
         for key in ("rope_parameters", "rope_scaling"):     # newer and older spelling in Qwen's config
             rope = data.get(key) or {}
             if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
                 raise UserError(f"{path}: {key} is {rope!r}; only plain rotary embedding is supported")
             data = {**data, **rope}
-
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-    whole = lambda v: number(v) and isinstance(v, int) and v > 0
-    rules = {int: (whole, "a positive whole number"), float: (number, "a number"),
-             tuple: (lambda v: isinstance(v, (list, tuple)) and v and all(map(whole, v)), "a list of positive whole numbers")}
     values = {}
     for field in dataclasses.fields(NETWORKS[network][1]):
         kind, value = type(field.default), data.get(field.name, field.default)
-        good, wanted = rules[kind]
+        good, wanted = RULES[kind]
         if not good(value):
             raise UserError(f"{path}: {field.name} should be {wanted}, not {value!r}")
+        if "layers" in field.name and value > 1000:
+            raise UserError(f"{path}: {field.name} is {value}, more than any network of this kind has")
         values[field.name] = kind(value)
     config = NETWORKS[network][1](**values)
     if official:
-        check_fixed(data, official_config(network, config), path)
+        check_fixed(data, derived_fields(network, config), path)
     return config
 
 
+def derived_fields(network, config):
+    """What else the official config.json says that follows from our fields."""
+    if network != "vae":
+        return {"n_kv_heads": config.n_heads} if network == "dit" else {}
+    levels = len(config.block_out_channels)
+    return {"out_channels": config.in_channels, "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels}
+
+
 def official_config(network, config):
-    """The official config.json of a network: what varies, what does not, and what follows from the rest."""
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
-    if network == "dit":
-        fields["n_kv_heads"] = config.n_heads
-    if network == "vae":
-        levels = len(config.block_out_channels)
-        fields.update(out_channels=config.in_channels, down_block_types=["DownEncoderBlock2D"] * levels,
-                      up_block_types=["UpDecoderBlock2D"] * levels)
-    return {**FIXED[network], **fields}
+    """The official config.json of a network, as we write it."""
+    unread = {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True} if network == "text_encoder" else {}
+    return {**FIXED[network], **dataclasses.asdict(config), **derived_fields(network, config), **unread}
 
 
 def check_fixed(data, fixed, path):
+    """UserError where `data` says otherwise than `fixed`, or does not say what it is."""
     for key, value in fixed.items():
+        if key in ("_class_name", "model_type") and key not in data:
+            raise UserError(f"{path} has no {key}, so it is not the config.json of a {value}")
         if data.get(key, value) != value:
             raise UserError(f"{path}: {key} is {data[key]!r}; only {value!r} is supported")
 
@@ -237,15 +260,15 @@ def shard_files(folder, stem):
 
 def read_header(path):
     """{name: Entry} of a safetensors file, from its header alone."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: Entry(path, name, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for name, s in slices.items()}
     except KeyError as error:
         raise UserError(f"{path} holds tensors of type {error.args[0]}; only {', '.join(DTYPES)} are supported") from None
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file: {error}") from None
 
 
@@ -271,38 +294,40 @@ def open_network(network, path):
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} describes a network that cannot be built: {error}") from None
 
-    where = {}
+    found = {}
     for file in files:
         for name, entry in read_header(file).items():
             name = name.removeprefix("model.") if official and network == "text_encoder" else name
-            if name in where:
-                raise UserError(f"{name} is in both {where[name].file.name} and {file.name} of {path}")
-            where[name] = entry
-    where.pop("lm_head.weight", None)         # some exports repeat the embedding under this name
+            if name in found:
+                raise UserError(f"{name} is in both {found[name].file.name} and {file.name} of {path}")
+            found[name] = entry
+    found.pop("lm_head.weight", None)         # some exports repeat the embedding under this name
+    stored_name = {piece: piece.official if official else piece.ours for piece in pieces}
+    check_tensors(found, stored_name, f"the {network} in {path} does not fit its config.json")
+    return Stored(config, official, {piece: found.get(name) for piece, name in stored_name.items()})
 
-    shapes = {}                               # stored name -> shape
-    for piece in pieces:
-        name = piece.official if official else piece.ours
-        rows = shapes.get(name, (0,))[0] + piece.shape[0]
-        shapes[name] = (rows, *piece.shape[1:])
-    needed = {piece.official if official else piece.ours for piece in pieces if piece.needed}
-    if not needed >= set(where) & set(shapes):
+
+def check_tensors(found, stored_name, complaint):
+    """Names and shapes both ways: `found` {name: Entry} against `stored_name` {piece: name}. UserError names all that is off."""
+    shapes = {}                               # the pieces of one tensor add up
+    for piece, name in stored_name.items():
+        shapes[name] = (shapes.get(name, (0,))[0] + piece.shape[0], *piece.shape[1:])
+    needed = {name for piece, name in stored_name.items() if piece.needed}
+    if not needed >= set(found) & set(shapes):
         needed = set(shapes)                  # part of the unused layer is there, so all of it should be
-    problems = {"missing": sorted(needed - set(where)), "unexpected": sorted(set(where) - set(shapes)),
-                "of the wrong shape": [f"{n} {list(where[n].shape)} instead of {list(shapes[n])}"
-                                       for n in sorted(set(where) & set(shapes)) if where[n].shape != shapes[n]]}
+    problems = {"missing": sorted(needed - set(found)), "unexpected": sorted(set(found) - set(shapes)),
+                "of the wrong shape": [f"{name} {list(found[name].shape)} instead of {list(shapes[name])}"
+                                       for name in sorted(set(found) & set(shapes)) if found[name].shape != shapes[name]]}
+    some = lambda names: ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     if any(problems.values()):
-        some = lambda names: ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        raise UserError(f"the {network} in {path} does not fit its config.json: "
-                        + "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names))
-    return Stored(config, pieces, official, where)
+        raise UserError(f"{complaint}: " + "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names))
 
 
 def read_piece(stored, piece):
     """One official tensor, as stored. The file is opened anew, so that its pages do not stay mapped in memory."""
-    file, name, *_ = stored.where[piece.official if stored.official else piece.ours]
-    with safe_open(file, "pt") as f:
-        return f.get_tensor(name) if stored.official else f.get_slice(name)[piece.start:piece.start + piece.shape[0]]
+    entry, rows = stored.pieces[piece], slice(piece.start, piece.start + piece.shape[0])
+    with safe_open(entry.file, "pt") as file:
+        return file.get_tensor(entry.name) if stored.official else file.get_slice(entry.name)[rows]
 
 
 def load(network, path, device="cpu", dtype=torch.float32):
@@ -350,14 +375,14 @@ def open_checkpoint(path):
     elif (path / "transformer").is_dir():
         source = path / "scheduler" / "scheduler_config.json"
         config = read_json(source)
-        check_fixed({"_class_name": None, **config}, FIXED["scheduler"], source)
+        check_fixed(config, FIXED["scheduler"], source)
         settings = {"shift": config.get("shift")}
         folders = {name: path / stem.split("/")[0] for name, stem in OFFICIAL_FILES.items()}
         tokenizer = path / "tokenizer" / "tokenizer.json"
     else:
         raise UserError(f"{path} is not a model directory: it holds neither transformer/ (official layout) nor dit.safetensors (ours)")
     for key, value in {"shift": None, **settings}.items():
-        if isinstance(value, bool) or not isinstance(value, int if key in ("steps", "size") else (int, float)) or value < 0:
+        if not (is_whole(value) if key in ("steps", "size") else is_number(value) and value >= 0):
             raise UserError(f"{source}: {key} should be a number, not {value!r}")
     return Checkpoint(folders, tokenizer, settings)
 
@@ -398,21 +423,22 @@ def write_safetensors(path, tensors, parts):
 def copy_network(network, stored, folder, to, dtype, bar):
     """Copies a network from disk to `folder` in the layout `to` ("ours" or "official"), in `dtype` or as stored."""
     prefix = "model." if network == "text_encoder" else ""
-    source = lambda p: stored.where.get(p.official if stored.official else p.ours)
-    target = lambda p: prefix + p.official if to == "official" else p.ours
+    target = lambda piece: prefix + piece.official if to == "official" else piece.ours
     # A checkpoint trained here lacks the text encoder's unused layer; official files get zeros for it.
-    pieces = [p for p in stored.pieces if source(p) or to == "official"]
+    pieces = [piece for piece, entry in stored.pieces.items() if entry or to == "official"]
+    any_entry = next(iter(stored.pieces.values()))
 
     tensors = {}                              # target name -> (shape, dtype); the pieces of one tensor add up
-    for p in pieces:
-        (rows, *_), known = tensors.get(target(p), ((0,), None))
-        new = dtype or (source(p) or source(stored.pieces[0])).dtype
-        tensors[target(p)] = (rows + p.shape[0], *p.shape[1:]), torch.promote_types(known or new, new)
+    for piece in pieces:
+        (rows, *_), known = tensors.get(target(piece), ((0,), None))
+        new = dtype or (stored.pieces[piece] or any_entry).dtype
+        tensors[target(piece)] = (rows + piece.shape[0], *piece.shape[1:]), torch.promote_types(known or new, new)
 
     def parts():
-        for p in pieces:
-            yield target(p), p.start if to == "ours" else 0, read_piece(stored, p) if source(p) else torch.zeros(p.shape)
-            bar.update(torch.Size(p.shape).numel())
+        for piece in pieces:
+            tensor = read_piece(stored, piece) if stored.pieces[piece] else torch.zeros(piece.shape)
+            yield target(piece), piece.start if to == "ours" else 0, tensor
+            bar.update(tensor.numel())
 
     file = folder / f"{OFFICIAL_FILES[network] if to == 'official' else network}.safetensors"
     file.parent.mkdir(exist_ok=True)
@@ -426,27 +452,29 @@ def write_json(path, data):
 
 @contextmanager
 def written_whole(path, replace=False):
-    """A new directory that gets the name `path` when all in it is written; on any failure nothing is left of it.
+    """A new directory to write in; what is in it comes to lie in `path` when all is written. On failure it is removed.
 
-    `replace`: the directory may exist, its files of the same names are replaced. Otherwise it must not, or be empty.
+    `replace`: `path` may hold files; those of the same names are replaced, one after the other. Otherwise it must be
+    new or empty.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
+        raise UserError(f"{path} exists already; name a new directory, or remove it first")
+    made = not path.exists()
     try:
-        if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
-            raise UserError(f"{path} exists already; name a new directory, or remove it first")
-        part.mkdir(parents=True)
-        yield part
-        if path.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        part = path / f".part-{os.getpid()}"  # inside: the same file system, whatever is mounted where
+        part.mkdir()
+        try:
+            yield part
             for file in part.iterdir():
                 os.replace(file, path / file.name)
-            part.rmdir()
-        else:
-            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            if made and not any(path.iterdir()):
+                path.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def convert(source, target, to="ours", dtype=None):
@@ -454,7 +482,7 @@ def convert(source, target, to="ours", dtype=None):
     checkpoint = open_checkpoint(source)
     stored = {network: open_network(network, folder) for network, folder in checkpoint.folders.items()}
     load_tokenizer(checkpoint.tokenizer)
-    total = sum(torch.Size(p.shape).numel() for s in stored.values() for p in s.pieces)
+    total = sum(torch.Size(piece.shape).numel() for s in stored.values() for piece in s.pieces)
     with written_whole(target) as folder, tqdm(total=total, unit=" parameters", unit_scale=True) as bar:
         for network, s in stored.items():
             bar.set_description(network)
@@ -467,14 +495,9 @@ def convert(source, target, to="ours", dtype=None):
         for network, stem in OFFICIAL_FILES.items():
             write_json((folder / stem).with_name("config.json"), official_config(network, stored[network].config))
         write_json(folder / "scheduler/scheduler_config.json", {**FIXED["scheduler"], "shift": checkpoint.settings["shift"]})
-        write_json(folder / "tokenizer/tokenizer_config.json", {
-            "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE, "model_max_length": 131072,
-            "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False})
+        for name, content in OFFICIAL_JSON.items():
+            write_json(folder / name, content)
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer/tokenizer.json")
-        write_json(folder / "model_index.json", {
-            "_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
-            "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]})
 
 
 def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=torch.bfloat16, **settings):
@@ -508,23 +531,26 @@ def check_release(path):
                 results.append((name, "missing"))
                 continue
             md5 = hashlib.md5()
-            try:
-                with open(path / name, "rb") as file:
-                    while block := file.read(1 << 23):
-                        md5.update(block)
-                        bar.update(len(block))
-            except OSError as error:
-                raise UserError(f"cannot read {path / name}: {error.strerror}") from None
+            with open(path / name, "rb") as file:
+                while block := file.read(1 << 23):
+                    md5.update(block)
+                    bar.update(len(block))
             results.append((name, "ok" if md5.hexdigest() == expected else "wrong"))
     return results
 
 
 def run_command(main):
     """Runs a command line; what the user can mend is one sentence on stderr and exit code 2, Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):    # a name the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                  # no permission, a name too long, a device that went away
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
@@ -532,14 +558,14 @@ def run_command(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Convert Z-Image checkpoints between the official layout and ours, or check a download.")
+    parser = argparse.ArgumentParser(description="Convert Z-Image checkpoints between the official layout and ours, or check a download.", allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", nargs="?", help="a checkpoint directory, official or ours")
     parser.add_argument("target", metavar="DST", nargs="?", help="the directory to make")
     parser.add_argument("--to", choices=["ours", "official"], default="ours", help="layout of DST (default: ours)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of DiT and text encoder (default: as stored)")
     parser.add_argument("--check", metavar="DIR", help="compare a downloaded Turbo release with the official MD5 list")
     args = parser.parse_args()
-    if args.check:
+    if args.check is not None:
         results = check_release(args.check)
         for name, state in results:
             print(f"{state:8} {name}")

@@ -15,7 +15,7 @@ Plain modules: nothing here knows about files (convert_weights.py) or sampling (
 +------------------------------------------------------------------------------------------------------------+
 
 Shapes at line ends: B batch, L text tokens, D features, C latent channels, h w latent height and width,
-N image tokens, M caption tokens, S = N + M, H heads, d head width, p patch side.
+N image tokens, M caption tokens (both with their padding), S = N + M, H heads, d head width, p patch side.
 """
 
 import math
@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
         rope = angles.cos(), angles.sin()
         for layer in self.layers:
             x = layer(x, rope)
-        return Text(x * (positions < lengths[:, None]).unsqueeze(-1), lengths)
+        return Text(x.masked_fill((positions >= lengths[:, None]).unsqueeze(-1), 0), lengths)
 
 
 # --- DiT: the single-stream diffusion transformer, S3-DiT ---------------------------------------------------
@@ -266,8 +266,9 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if sum(config.axes_dims) * config.n_heads != config.dim or len(config.axes_dims) != 3 or len(config.axes_lens) != 3:
-            raise ValueError("axes_dims and axes_lens are three numbers each, with sum(axes_dims) * n_heads = dim")
+        dims, lens = config.axes_dims, config.axes_lens
+        if len(dims) != 3 or len(lens) != 3 or any(d % 2 for d in dims) or sum(dims) * config.n_heads != config.dim:
+            raise ValueError("axes_dims and axes_lens are three numbers each, axes_dims even, with sum(axes_dims) * n_heads = dim")
         self.config = config
         self.x_embedder = nn.Linear(PATCH ** 2 * config.in_channels, config.dim)
         self.cap_embedder = nn.Sequential(nn.RMSNorm(config.cap_feat_dim, config.norm_eps),

@@ -9,12 +9,13 @@ top of model.py. `guidance` is the official pipeline's g: v + g (v - v_negative)
 
 import argparse
 import itertools
+import math
 import os
 import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from convert_weights import UserError, load_dit, load_text_encoder, load_tokenizer, load_vae, open_checkpoint, run_command
+from convert_weights import UserError, load_dit, load_text_encoder, load_tokenizer, load_vae, open_checkpoint, open_network, run_command
 from model import PATCH, VAE, DiT, Text, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's chat template, one user message
@@ -57,9 +58,18 @@ class Pipeline:
 def load_pipeline(path, device="cpu", dtype=torch.float32, offload=False):
     """Loads a checkpoint directory, official layout or ours. `dtype` is that of text encoder and DiT; the VAE runs in float32."""
     checkpoint, device = open_checkpoint(path), torch.device(device)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    text_encoder, dit, vae = (open_network(name, checkpoint.folders[name]).config for name in ("text_encoder", "dit", "vae"))
+    for what, fits in {                       # all from the configs, before any weight is read
+            "the tokenizer has more tokens than the text encoder": tokenizer.get_vocab_size() <= text_encoder.vocab_size,
+            "the DiT wants text features of another width": dit.cap_feat_dim == text_encoder.hidden_size,
+            "DiT and VAE have different latent channels": dit.in_channels == vae.latent_channels,
+            f"the DiT has no room for {MAX_TOKENS} text tokens": dit.axes_lens[0] >= MAX_TOKENS + 2}.items():
+        if not fits:
+            raise UserError(f"the parts of {path} do not belong together: {what}")
     home = torch.device("cpu") if offload else device
     return Pipeline(
-        tokenizer=load_tokenizer(checkpoint.tokenizer),
+        tokenizer=tokenizer,
         text_encoder=load_text_encoder(checkpoint.folders["text_encoder"], home, dtype),
         dit=load_dit(checkpoint.folders["dit"], home, dtype),
         vae=load_vae(checkpoint.folders["vae"], home, torch.float32),
@@ -69,9 +79,9 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, offload=False):
 @contextmanager
 def at_work(pipeline, network):
     """Where networks are offloaded, `network` is on the device inside the block, and back on the CPU after it."""
-    if pipeline.offload:
-        network.to(pipeline.device)
     try:
+        if pipeline.offload:
+            network.to(pipeline.device)
         yield network
     finally:
         if pipeline.offload:
@@ -109,13 +119,16 @@ def time_schedule(steps, shift):
     """
     if steps < 1:
         raise UserError(f"steps should be at least 1, not {steps}")
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise UserError(f"shift should be above 0, not {shift}")
     sigma = torch.cat((torch.linspace(1, 1 / steps, steps), torch.zeros(1)))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     # Rounded as diffusers rounds, in float32 by way of "timesteps" 1000 sigma: the network multiplies t by 1000 before
     # taking sines of it, so that one last bit here is a thousand there.
-    return (1000 - 1000 * sigma) / 1000
+    times = (1000 - 1000 * sigma) / 1000
+    if not (times.diff() > 0).all():
+        raise UserError(f"a shift of {shift} is too extreme for {steps} steps")
+    return times
 
 
 def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False):
@@ -127,7 +140,7 @@ def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False
     guided = v + guidance * (v - net(x, t, negative).float())
     if cfg_normalization:
         norm, limit = guided.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1) * float(cfg_normalization)
-        guided = guided * (limit / norm).clamp(max=1).view(-1, *[1] * (x.ndim - 1))
+        guided = guided * (limit / norm.clamp(min=1e-12)).clamp(max=1).view(-1, *[1] * (x.ndim - 1))
     return guided
 
 
@@ -166,7 +179,7 @@ def image_noise(shape, seeds):
 
 def prepare_image(image, height, width):
     """A PIL image -> (1, 3, height, width) in [-1, 1], cropped to the shape's proportions and resized."""
-    image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -195,7 +208,7 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     check_size(pipeline, height, width)
     if not prompts:
         raise UserError("there is no prompt")
-    if not guidance >= 0:
+    if not 0 <= guidance < math.inf:
         raise UserError(f"guidance should be 0 or above, not {guidance}")
     times = time_schedule(steps, shift)
 
@@ -210,9 +223,10 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
         if len(times) < 2:
             raise UserError(f"strength {strength} leaves none of {steps} steps; raise one of them")
         image = prepare_image(init_image, height, width) if isinstance(init_image, Image.Image) else init_image
-        with at_work(pipeline, pipeline.vae) as vae:
-            latents = vae.encode(image.expand(len(prompts), -1, -1, -1).to(pipeline.device), first.to(pipeline.device)).cpu()
-        x = times[0] * latents + (1 - times[0]) * (second if noise is None else noise)
+        with at_work(pipeline, pipeline.vae) as vae:                            # one at a time: activations are large
+            latents = torch.cat([vae.encode(image[i % len(image)][None].to(pipeline.device), first[i:i + 1].to(pipeline.device)).cpu()
+                                 for i in range(len(prompts))])
+        x = times[0] * latents + (1 - times[0]) * (second if noise is None else noise.cpu())
 
     text = encode_prompts(pipeline, prompts if len(set(prompts)) > 1 else prompts[:1])
     negative = encode_prompts(pipeline, [negative_prompt]) if guidance > 0 else None
@@ -225,7 +239,10 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     if output == "latent":
         return latents
     with at_work(pipeline, pipeline.vae) as vae:                                # one at a time: full-size pictures are large
-        images = torch.cat([vae.decode(x[None]) for x in latents]).div(2).add(0.5).clamp(0, 1)
+        images = torch.cat([vae.decode(x[None]) for x in latents])
+    if not images.isfinite().all():
+        raise UserError("the decoded image is not finite, so there is no image: the weights of the VAE are damaged")
+    images = images.div(2).add(0.5).clamp(0, 1)
     if output == "tensor":
         return images
     return [Image.fromarray(i) for i in images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
@@ -238,7 +255,7 @@ def save_png(image, path, info):
     """Writes a PNG with text chunks under `path`, or path-1, path-2, ... if that is taken. Whole or not at all. -> path used."""
     text = PngInfo()
     for key, value in info.items():
-        text.add_text(key, str(value))
+        text.add_text(key, str(value).encode("utf-8", "replace").decode())       # file names need not be Unicode
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         image.save(part, format="PNG", pnginfo=text)
@@ -252,7 +269,8 @@ def save_png(image, path, info):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def enlarge(image, how):
@@ -266,18 +284,20 @@ def enlarge(image, how):
 def read_prompts(path):
     """The lines of a UTF-8 text file, without empty ones."""
     try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
 
 
 def read_image(path):
+    """A picture file, upright."""
     try:
         image = Image.open(path)
-        image.load()
-        return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or 'it is not a picture'}") from None
+        if image.mode.startswith("I;16"):     # 16-bit grey, which Pillow would clip
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:                # what the many decoders raise
+        raise UserError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or 'it is not a picture, or damaged'}") from None
 
 
 def pick_device(name):
@@ -286,14 +306,14 @@ def pick_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use --device cpu, or leave it out") from None
     return device
 
 
 def pick_model(path):
-    if path:
+    if path is not None:
         return Path(path)
     for folder in BUNDLED:
         if (folder / "config.json").exists():
@@ -302,9 +322,8 @@ def pick_model(path):
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description="Prompt to image with Z-Image-Turbo, or with the small bundled model.")
+    parser = argparse.ArgumentParser(description="Prompt to image with Z-Image-Turbo, or with the small bundled model.", allow_abbrev=False)
     add = parser.add_argument
-    whole = lambda low: lambda text: int(text) if int(text) >= low else parser.error(f"{text} is below {low}")
     add("prompt", nargs="*", help="one or several prompts, each in quotes")
     add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--model", metavar="DIR", help="a checkpoint directory, official layout or ours (default: the bundled model)")
@@ -337,9 +356,16 @@ def parse_arguments(arguments=None):
     for name in ("num_images", "batch_size", "steps", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {getattr(args, name)}")
+    for name, low, high in (("guidance", 0, math.inf), ("cfg_normalization", 0, math.inf), ("cfg_truncation", -math.inf, math.inf),
+                            ("shift", 0, math.inf), ("strength", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} should be a number from {low} to {high}, not {value}")
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed should be between 0 and 2^63 - 1, not {args.seed}")
     args.prompt += read_prompts(args.prompts) if args.prompts else []
+    if len(args.prompt) * args.num_images > 10 ** 6:
+        raise UserError("more than a million images are asked for")
     if not args.prompt:
         raise UserError("there is no prompt; give one in quotes, or --prompts FILE with one a line")
     args.out = Path(args.out)
@@ -351,43 +377,46 @@ def parse_arguments(arguments=None):
 
 
 @contextmanager
-def memory_explained():
-    """Turns a device's or the machine's lack of memory into advice."""
+def explained():
+    """Turns what PyTorch raises for lack of memory, or of a compiler, into advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("out of memory|can't allocate memory", str(error)):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"torch.compile does not work here, leave out --compile: {str(error).splitlines()[0]}") from None
+        lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(lack, str(error)):
             raise
         raise UserError("out of memory; try --offload (on a GPU), a smaller --size, --batch-size 1 or --dtype bfloat16") from None
 
 
-@memory_explained()
+@explained()
 def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     args = parse_arguments()
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    init_image = read_image(args.init_image) if args.init_image else None
+    init_image = read_image(args.init_image) if args.init_image is not None else None
     pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload)
     if init_image and not (args.height or args.width):
         args.width, args.height = (max(side // pipeline.pixel_multiple, 1) * pipeline.pixel_multiple for side in init_image.size)
     if args.compile:
         pipeline.dit.compile()
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    settings = {"steps": args.steps or pipeline.steps, "guidance": pipeline.guidance if args.guidance is None else args.guidance,
-                "height": args.height or pipeline.size, "width": args.width or pipeline.size,
-                "shift": pipeline.shift if args.shift is None else args.shift, "negative_prompt": args.negative_prompt}
+    chosen = lambda name: getattr(pipeline, name) if getattr(args, name) is None else getattr(args, name)
+    settings = {"steps": chosen("steps"), "guidance": chosen("guidance"), "shift": chosen("shift"), "negative_prompt": args.negative_prompt,
+                "cfg_normalization": args.cfg_normalization, "cfg_truncation": args.cfg_truncation}
+    height, width = args.height or pipeline.size, args.width or pipeline.size
     start = time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         batch, seed = prompts[first:first + args.batch_size], args.seed + first
-        images = generate(pipeline, batch, seed=seed, cfg_normalization=args.cfg_normalization, cfg_truncation=args.cfg_truncation,
-                          init_image=init_image, strength=args.strength, progress=True, **settings)
+        images = generate(pipeline, batch, height, width, seed=seed, init_image=init_image, strength=args.strength, progress=True, **settings)
         for i, (prompt, image) in enumerate(zip(batch, images)):
-            size = f"{image.width}x{image.height}"
-            path = save_png(enlarge(image, args.upscale), args.out, {
-                "prompt": prompt, "seed": seed + i, "size": size, "model": pipeline.name, "dtype": str(dtype).removeprefix("torch."),
-                **{key: settings[key] for key in ("steps", "guidance", "shift", "negative_prompt")},
-                **({"init_image": Path(args.init_image).name, "strength": args.strength} if init_image else {})})
+            info = {"prompt": prompt, "seed": seed + i, "size": f"{width}x{height}", "model": pipeline.name,
+                    "dtype": str(dtype).removeprefix("torch."), **settings}
+            if init_image:
+                info.update(init_image=Path(args.init_image).name, strength=args.strength)
+            path = save_png(enlarge(image, args.upscale), args.out, info)
             print(f"{path}  ({time.perf_counter() - start:.1f} s)")
             start = time.perf_counter()
 

@@ -1,5 +1,6 @@
 """sampler.py as a user runs it: the files it leaves, and one clear sentence for everything that can go wrong."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT, TINY, refused, run, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import convert_weights
 import sampler
 
 SMALL = ("--model", TINY, "--size", "48x32", "--steps", 2)
@@ -25,7 +27,7 @@ def sample(tmp_path, *arguments, **options):
 def test_pictures_names_and_text_chunks(tmp_path, pipeline):
     (tmp_path / "prompts.txt").write_text("造相 ⚡️\n\n  a dog \n", encoding="utf-8")
     result = sample(tmp_path, "a cat", "--prompts", "prompts.txt", "--num-images", 2, "--seed", 5, "--batch-size", 4, *SMALL,
-                    "--guidance", 1.5, "--negative-prompt", "blurry", "--upscale", "none")
+                    "--guidance", 1.5, "--negative-prompt", "blurry", "--cfg-normalization", 0.5, "--cfg-truncation", 0.7, "--upscale", "none")
     assert result.returncode == 0, result.stderr
     names = ["image.png"] + [f"image-{i}.png" for i in range(1, 6)]
     assert [line.split()[0] for line in result.stdout.splitlines()] == names
@@ -36,9 +38,10 @@ def test_pictures_names_and_text_chunks(tmp_path, pipeline):
     for i, (name, prompt) in enumerate(zip(names, prompts)):
         image = Image.open(tmp_path / name)
         assert image.text == {"prompt": prompt, "seed": str(5 + i), "size": "48x32", "model": "tiny", "dtype": "float32", "steps": "2",
-                              "guidance": "1.5", "shift": "3.0", "negative_prompt": "blurry"}
+                              "guidance": "1.5", "shift": "3.0", "negative_prompt": "blurry", "cfg_normalization": "0.5",
+                              "cfg_truncation": "0.7"}
         # The same as from the library, alone, within one grey level of rounding.
-        alone = sampler.generate(pipeline, prompt, 32, 48, 2, 1.5, "blurry", seed=5 + i)[0]
+        alone = sampler.generate(pipeline, prompt, 32, 48, 2, 1.5, "blurry", seed=5 + i, cfg_normalization=0.5, cfg_truncation=0.7)[0]
         assert np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max() <= 1
 
 
@@ -68,6 +71,15 @@ def test_image_to_image(tmp_path):
     (["a cat", *SMALL, "--num-images", "0"], ["--num-images"]),
     (["a cat", *SMALL, "--shift", "0"], ["shift"]),
     (["a cat", *SMALL, "--guidance", "-1"], ["guidance"]),
+    (["a cat", *SMALL, "--guidance", "nan"], ["guidance"]),
+    (["a cat", *SMALL, "--cfg-normalization", "-1"], ["cfg-normalization"]),
+    (["a cat", *SMALL, "--cfg-truncation", "nan"], ["cfg-truncation"]),
+    (["a cat", *SMALL, "--strength", "inf"], ["strength"]),
+    (["a cat", *SMALL, "--shift", "1e300"], ["shift"]),
+    (["a cat", *SMALL, "--num-images", "1000000000000"], ["million"]),
+    (["a cat", "--model", ""], ["not a model directory"]),
+    (["a cat", "--model", "x" * 300], ["File name too long"]),
+    (["a cat", *SMALL, "--device", "meta"], ["meta"]),
     (["a cat", *SMALL, "--seed", "-1"], ["--seed"]),
     (["--prompts", "nowhere.txt", *SMALL], ["nowhere.txt", "No such file"]),
     (["--prompts", "empty.txt", *SMALL], ["there is no prompt"]),
@@ -111,21 +123,71 @@ def test_float16_that_overflows_saves_nothing(tmp_path, checkpoint):
     assert sample(out, *arguments, "--dtype", "bfloat16").returncode == 0
 
 
-def test_out_of_memory(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
-    result = sample(tmp_path, "a cat", "--model", TINY, "--size", "8192x8192", "--init-image", "red.png", preexec_fn=limit)
-    assert refused(result, "out of memory", "--offload", "--size")
-    assert [f.name for f in tmp_path.iterdir()] == ["red.png"]
+@pytest.mark.parametrize("fail, words", [
+    (lambda *_: torch.empty(1 << 50), ["out of memory", "--offload", "--size"]),                             # what the allocator really raises
+    (lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")), ["out of memory", "--offload", "--size"]),
+    (lambda *_: (_ for _ in ()).throw(torch._inductor.exc.InductorError(RuntimeError("no C++ compiler"), None)), ["leave out --compile"]),
+])
+def test_out_of_memory_or_compiler(tmp_path, monkeypatch, fail, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampler.DiT, "forward", fail)
+    assert refused(run_here(sampler.main, "a cat", *SMALL), *words)
+    assert not list(tmp_path.iterdir())
 
 
-def test_unwritable_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(self, path, **_):
-        open(path, "wb").write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(sampler.UserError, match="cannot write .*cat.png: No space left on device"):
-        sampler.save_png(Image.new("RGB", (8, 8)), tmp_path / "cat.png", {})
+def test_compile_and_offload_reach_the_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compiled, offloaded = [], []
+    monkeypatch.setattr(sampler.DiT, "compile", lambda dit: compiled.append(dit))
+    monkeypatch.setattr(sampler.torch.nn.Module, "to", lambda self, device: offloaded.append(type(self).__name__))
+    assert run_here(sampler.main, "a cat", *SMALL).returncode == 0 and not compiled and not offloaded
+    assert run_here(sampler.main, "a cat", *SMALL, "--compile", "--offload").returncode == 0
+    assert len(compiled) == 1 and offloaded == ["TextEncoder"] * 2 + ["DiT"] * 2 + ["VAE"] * 2
+
+
+def test_the_checkpoint_recommends(tmp_path, monkeypatch, pipeline):
+    """Steps, guidance, shift and size come from the checkpoint where the command line is silent."""
+    p = pipeline
+    convert_weights.save_pipeline(tmp_path / "own", p.dit, p.text_encoder, p.vae, p.tokenizer, 2.5, steps=3, guidance=1.5, size=32)
+    monkeypatch.chdir(tmp_path)
+    assert run_here(sampler.main, "a cat", "--model", "own").returncode == 0
+    text = Image.open("image.png").text
+    assert {key: text[key] for key in ("steps", "guidance", "shift", "size", "model")} == {
+        "steps": "3", "guidance": "1.5", "shift": "2.5", "size": "32x32", "model": "own"}
+    assert run_here(sampler.main, "a cat", "--model", "own", "--guidance", 0, "--steps", 1).returncode == 0
+    assert (Image.open("image-1.png").text["guidance"], Image.open("image-1.png").text["steps"]) == ("0.0", "1")
+
+
+def test_device_and_type_by_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sampler.pick_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert sampler.pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert sampler.pick_device("auto") == torch.device("cpu")
+
+
+def test_photos_are_turned_upright_and_deep_greys_kept(tmp_path):
+    photo, exif = Image.new("RGB", (96, 64), "red"), Image.Exif()
+    exif[0x0112] = 6                                                         # turned by a quarter
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert sampler.read_image(tmp_path / "photo.jpg").size == (64, 96)
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
+    assert sampler.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (78, 78, 78)
+
+
+def test_names_that_are_not_unicode(tmp_path):
+    name = os.fsdecode(b"bad\xff.png")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / name)
+    result = sample(tmp_path, "a cat", *SMALL, "--init-image", name, "--out", "造.png", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "造.png").exists()
+
+
+def test_disk_full_leaves_nothing(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    assert refused(sample(tmp_path, "a cat", *SMALL, "--out", "cat.png", preexec_fn=limit), "cannot write", "cat.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -134,7 +196,9 @@ def test_interrupt(tmp_path):
                                cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     seen = ""
     while "sampling" not in seen:
-        seen += process.stderr.read(1)
+        chunk = process.stderr.read(1)
+        assert chunk, seen                                                   # it ended before it began
+        seen += chunk
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]

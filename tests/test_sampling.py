@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import TINY, relative_error
 
 import sampler
 from convert_weights import UserError
@@ -54,7 +54,7 @@ def test_time_schedule_by_hand():
         assert times[0] == 0 and times[-1] == 1
 
 
-@pytest.mark.parametrize("steps, shift", [(0, 3.0), (-1, 3.0), (8, 0.0), (8, -1.0), (8, float("nan"))])
+@pytest.mark.parametrize("steps, shift", [(0, 3.0), (-1, 3.0), (8, 0.0), (8, -1.0), (8, float("nan")), (8, float("inf")), (8, 1e300)])
 def test_bad_schedules(steps, shift):
     with pytest.raises(UserError):
         sampler.time_schedule(steps, shift)
@@ -81,6 +81,7 @@ def test_guidance():
     torch.testing.assert_close(sampler.guided_velocity(net, x, t, 2.0, 1.0, 3.0, 1.5), torch.full((2, 4), 3.0))
     shorter = sampler.guided_velocity(net, x, t, 2.0, 3.0, 1.0, cfg_normalization=True)
     torch.testing.assert_close(shorter, torch.full((2, 4), 1.0))                                             # never lengthened
+    assert not sampler.guided_velocity(net, x, t, 0.0, 0.0, 3.0, True).any()                                 # nor divided by zero
 
 
 def test_truncation_and_cost():
@@ -165,6 +166,14 @@ def test_networks_compile_to_one_graph(pipeline):
     assert relative_error(*compiled(pipeline.vae.encode, torch.randn(1, 3, 32, 48))) < 1e-5
 
 
+def test_a_compiled_dit_samples_the_same(pipeline):
+    expected = sampler.generate(pipeline, PROMPTS[:2], 32, 48, steps=2, guidance=1.0, output="latent")
+    compiled = sampler.load_pipeline(TINY)
+    torch._dynamo.reset()
+    compiled.dit.compile(fullgraph=True, backend="aot_eager")                # what --compile does, without a C++ compiler
+    assert relative_error(sampler.generate(compiled, PROMPTS[:2], 32, 48, steps=2, guidance=1.0, output="latent"), expected) < 1e-5
+
+
 def test_gradients_reach_every_parameter(pipeline):
     """The networks train as they are: no parameter is cut off."""
     dit = pipeline.dit
@@ -193,23 +202,48 @@ def test_float16_overflow_is_refused(pipeline, monkeypatch):
         sampler.generate(pipeline, "a cat", 32, 32, steps=1)
 
 
-def test_offload_keeps_the_networks_at_home(pipeline):
-    """With the "meta" device as the accelerator: each network goes there and comes back (without data, hence no picture)."""
-    moves = []
-
-    class Network:
-        def to(self, device):
-            moves.append(str(device))
-    away = sampler.Pipeline(**{**vars(pipeline), "offload": True, "device": torch.device("meta")})
-    with pytest.raises(KeyError), sampler.at_work(away, Network()):
-        raise KeyError
-    assert moves == ["meta", "cpu"]
-    with sampler.at_work(pipeline, Network()):
-        pass
-    assert len(moves) == 2
-
-
-def test_offload_gives_the_same_picture(pipeline):
+@pytest.mark.parametrize("init_image", [None, torch.zeros(1, 3, 32, 32)])
+def test_offload(pipeline, monkeypatch, init_image):
+    """Each network is on the device while it works, alone, and the pictures are the same."""
     away = sampler.Pipeline(**{**vars(pipeline), "offload": True})
-    options = dict(prompts=PROMPTS[:2], height=32, width=32, steps=2, guidance=1.0, output="tensor")
-    assert torch.equal(sampler.generate(pipeline, **options), sampler.generate(away, **options))
+    moves, names = [], {id(getattr(away, name)): name for name in ("text_encoder", "dit", "vae")}
+    for name in names.values():
+        network = getattr(away, name)
+        monkeypatch.setattr(network, "to", lambda device, network=network: moves.append((names[id(network)], str(device))))
+    away.device = torch.device("cpu", 0)                                     # by another name, to tell the two moves apart
+    options = dict(prompts=PROMPTS[:2], height=32, width=32, steps=2, guidance=1.0, output="tensor", init_image=init_image)
+    assert torch.equal(sampler.generate(away, **options), sampler.generate(pipeline, **options))
+    order = ["vae"] * (init_image is not None) + ["text_encoder", "text_encoder", "dit", "vae"]
+    assert moves == [(name, device) for name in order for device in ("cpu:0", "cpu")]
+    monkeypatch.setattr(away.dit, "forward", lambda *_: (_ for _ in ()).throw(KeyError()))
+    with pytest.raises(KeyError):
+        sampler.generate(away, **options)
+    assert moves[-1] == ("dit", "cpu")                                       # back even if it fails
+
+
+def test_load_pipeline_with_offload(monkeypatch):
+    loaded = []
+    for name in ("load_dit", "load_text_encoder", "load_vae"):
+        monkeypatch.setattr(sampler, name, lambda path, device, dtype: loaded.append((str(device), dtype)))
+    assert sampler.load_pipeline(TINY, "cuda", torch.bfloat16, offload=True).device == torch.device("cuda")
+    assert loaded == [("cpu", torch.bfloat16), ("cpu", torch.bfloat16), ("cpu", torch.float32)]
+    loaded.clear()
+    assert not sampler.load_pipeline(TINY, "cuda", torch.bfloat16).offload
+    assert [device for device, _ in loaded] == ["cuda"] * 3
+
+
+def test_rotary_frequencies_stay_float32():
+    encoder = sampler.load_pipeline(TINY, dtype=torch.bfloat16).text_encoder
+    exact = 1e6 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert encoder.frequencies().dtype == torch.float32 and relative_error(encoder.frequencies(), exact) < 1e-6
+
+
+def test_log_variance_is_clamped(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.vae.encoder, "forward", lambda image: torch.full((1, 32, 2, 2), 1000.0))
+    assert pipeline.vae.moments(None)[1].unique().tolist() == [20]
+
+
+def test_decoded_pictures_are_finite(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: torch.full((1, 3, 32, 32), float("inf")))
+    with pytest.raises(UserError, match="not finite"):
+        sampler.generate(pipeline, "a cat", 32, 32, steps=1)
