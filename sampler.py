@@ -400,6 +400,8 @@ def main():
     pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload)
     if init_image and not (args.height or args.width):
         args.width, args.height = (max(side // pipeline.pixel_multiple, 1) * pipeline.pixel_multiple for side in init_image.size)
+    if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
+        torch.set_num_threads(1)              # threads gain a small network nothing and, on a busy machine, cost it much
     if args.compile:
         pipeline.dit.compile()
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]

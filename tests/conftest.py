@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # the networks here are small; commands run by the tests inherit it
 
 import pytest
 import torch
