@@ -307,7 +307,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use --device cpu, or leave it out") from None
     return device
 

@@ -236,13 +236,7 @@ def arguments():
 
 def read_prompts(path, count=None):
     """The first `count` lines of a file that are not empty."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            prompts = [line.strip() for line in file if line.strip()][:count]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+    prompts = sampler.read_prompts(path)[:count]
     if not prompts:
         raise UserError(f"{path} has no prompts in it")
     return prompts
