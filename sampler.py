@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from convert_weights import UserError, load_dit, load_text_encoder, load_tokenizer, load_vae, open_checkpoint, open_network, run_command
-from model import PATCH, VAE, DiT, Text, TextEncoder
+from model import PATCH, VAE, DiT, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's chat template, one user message
 MAX_TOKENS = 512                                                       # with the template; the rest is cut

@@ -279,7 +279,7 @@ def optimizers(nets, recipe):
 
 def tokenize(tokenizer, captions):
     """Captions -> ids (B, L) padded on the right, lengths (B,): the template of sampler.encode_prompts."""
-    encoded = [tokenizer.encode(sampler.TEMPLATE.format(c)).ids for c in captions]
+    encoded = [sampler.token_ids(tokenizer, c) for c in captions]
     longest = max(map(len, encoded))
     return torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded]), torch.tensor(list(map(len, encoded)))
 
