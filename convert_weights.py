@@ -362,7 +362,7 @@ class Checkpoint(NamedTuple):
     """Where the parts of a checkpoint directory are, and its sampling settings."""
     folders: dict      # network -> folder to load it from
     tokenizer: Path
-    settings: dict     # "shift", and where known the "steps", "guidance" and "size" (pixels) the model wants
+    settings: dict     # "shift", and where known the "steps", "guidance", "size" (pixels) the model wants, and a student's "trained_steps"
 
 
 def open_checkpoint(path):
@@ -370,7 +370,7 @@ def open_checkpoint(path):
     path = Path(path)
     if (path / "dit.safetensors").exists():
         config = read_json(path / "config.json")
-        settings = {key: config[key] for key in ("shift", "steps", "guidance", "size") if key in config}
+        settings = {key: config[key] for key in ("shift", "steps", "guidance", "size", "trained_steps") if key in config}
         folders, tokenizer, source = {name: path for name in NETWORKS}, path / "tokenizer.json", path / "config.json"
     elif (path / "transformer").is_dir():
         source = path / "scheduler" / "scheduler_config.json"
@@ -382,7 +382,7 @@ def open_checkpoint(path):
     else:
         raise UserError(f"{path} is not a model directory: it holds neither transformer/ (official layout) nor dit.safetensors (ours)")
     for key, value in {"shift": None, **settings}.items():
-        if not (is_whole(value) if key in ("steps", "size") else is_number(value) and value >= 0):
+        if not (is_whole(value) if key in ("steps", "size", "trained_steps") else is_number(value) and value >= 0):
             raise UserError(f"{source}: {key} should be a number, not {value!r}")
     return Checkpoint(folders, tokenizer, settings)
 
@@ -503,7 +503,8 @@ def convert(source, target, to="ours", dtype=None):
 def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=torch.bfloat16, **settings):
     """Writes three modules and a tokenizers.Tokenizer in our layout, replacing a checkpoint already in `path`.
 
-    `settings`: the "steps", "guidance" and "size" (pixels) the model is meant to be sampled with.
+    `settings`: the "steps", "guidance" and "size" (pixels) the model is meant to be sampled with; of a distilled
+    student the "trained_steps".
     """
     networks = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
     with written_whole(path, replace=True) as folder:

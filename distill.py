@@ -23,16 +23,31 @@ Scores are the same thing in other units: score = (tau x_hat - x_tau) / (1 - tau
 Shapes: x, noise (B, ...), any number of dimensions; times (B,); text a model.Text, or for toys a tensor (B, ...).
 """
 
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
+from convert_weights import UserError, read_json, run_command, save_pipeline
 from model import Text
-from sampler import sample, time_schedule
+from sampler import encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts, sample, time_schedule
 
 # --- The two terms ------------------------------------------------------------------------------------------
 
@@ -269,3 +284,267 @@ def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=No
     nudge = sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     on_real, on_nudged, on_x = (discriminator(part, t, null_text) for part in (real, real + nudge, x))   # (B,) each
     return (F.softplus(-on_real) + F.softplus(on_x) + r1 * ((on_nudged - on_real) / sigma).square()).mean()
+
+
+# --- A run --------------------------------------------------------------------------------------------------
+
+
+WARMUP = 20              # updates over which the student's rate rises from 0
+SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 1e-3, "none": 0.0}
+SHAPES = Path(__file__).parent / "tutorials" / "shapes"
+
+
+def working_in(net, device, dtype):
+    """(x, t, text) -> what the net gives, its matrix products in `dtype` under autocast; its weights stay in float32."""
+    # On a CPU the plain attention kernel's backward is faster than the fused one's.
+    kernel = nullcontext if device.type != "cpu" else lambda: sdpa_kernel(SDPBackend.MATH)
+
+    def call(x, t, text):                     # autocast keeps its copies of weights until it ends: a call, not a run
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), kernel():
+            return net(x, t, text)
+    return call
+
+
+def adam(net, lr):
+    """AdamW without momentum, as in DMD2: student and fake answer each other's moves, and an average of old ones lags."""
+    return torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0)
+
+
+def cast(pipeline, settings, args, real=None):
+    """-> (Players, {name: module or optimizer}): who takes part, and all of it that changes and is saved."""
+    teacher = pipeline.dit.requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    parts = {"student": student, "student_optimizer": adam(student, args.lr), "average": copy.deepcopy(teacher)}
+    work = lambda net: working_in(net, pipeline.device, args.dtype)
+    players = Players(work(teacher), work(student), parts["student_optimizer"], real=real)
+    if settings.shield == "dm":
+        fake = parts["fake"] = copy.deepcopy(student)
+        players.fake, players.fake_optimizer = work(fake), adam(fake, args.fake_lr)
+        parts["fake_optimizer"] = players.fake_optimizer
+    if settings.shield == "gan":
+        middle = len(teacher.layers) // 2 + 1
+        features = work(lambda x, t, text: teacher.features(x, t, text, middle)[0])
+        players.discriminator = parts["discriminator"] = Discriminator(features, teacher.config.dim).to(pipeline.device)
+        players.discriminator_optimizer = parts["discriminator_optimizer"] = adam(players.discriminator, args.fake_lr)
+    if args.compile:
+        for net in {teacher, student, parts.get("fake", student)}:
+            net.compile()
+    return players, parts
+
+
+def distil(pipeline, prompts, settings, args, real=None, watch=None):
+    """Runs the iterations that args asks for, from where args.out stands -> the student: a Pipeline, its weights averaged.
+
+    Leaves log.jsonl, samples/, student/ and state.pt, which is all that --resume needs, in args.out, an existing folder.
+    real (M, C, h, w): latents of real pictures. watch(iteration, student) is called at every checkpoint.
+    """
+    out, device = Path(args.out), pipeline.device
+    players, parts = cast(pipeline, settings, args, real)
+    student = replace(pipeline, dit=parts["average"], shift=settings.shift, steps=settings.steps, trained_steps=settings.steps, guidance=0.0)
+    done, seconds = -args.warmup_fake, 0.0    # updates of the student; the fake's warm-up counts up to 0
+    if (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", map_location=device)
+        done, seconds = saved["done"], saved["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    began, recent, kept = time.perf_counter() - seconds, [], max(done, 0)
+
+    null_text, shown = encode_prompts(pipeline, [""]), prompts[:16]
+    shape = pipeline.dit.config.in_channels, *[pipeline.size // pipeline.vae.config.downsampling] * 2
+    wanted_std = float((generate(pipeline, shown, output="latent") if real is None else real).std())
+    bar = tqdm(initial=kept, total=args.iterations, desc="distilling", unit="it")
+    while done < args.iterations:
+        # Every draw of an iteration comes from a generator of its own: a run that goes on is the run that never stopped.
+        generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + done)
+        batch = [prompts[i] for i in torch.randint(len(prompts), (args.batch_size,), generator=generator)]
+        noise = torch.randn(args.batch_size, *shape, generator=generator).to(device)
+        rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min(1, max(done + 1, 0) / WARMUP)
+        try:
+            recent.append(training_step(players, encode_prompts(pipeline, batch), null_text, noise, settings, generator, done >= 0))
+        except FloatingPointError as error:
+            raise UserError(f"{error} in iteration {done + 1}; " + (f"{out / 'student'} is the student after {kept}" if kept else
+                            "there is no checkpoint yet") + "; try a smaller --lr or --alpha") from None
+        done += 1
+        if done <= 0:
+            continue
+        average = min(args.ema, done / (done + 9))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(parts["average"].parameters()), list(parts["student"].parameters()), 1 - average)
+        bar.update()
+        if done % args.log_every == 0 or done == args.iterations:
+            line = {name: sum(f[name] for f in recent if name in f) / sum(name in f for f in recent) for name in recent[-1]}
+            line |= {"dm_ca": line["dm_rms"] / max(line["ca_rms"], 1e-12), "std_ratio": line["x_std"] / wanted_std}
+            line |= {"lr": rate, "fake_lr": args.fake_lr, "seconds": time.perf_counter() - began}
+            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": done, **{name: round(value, 6) for name, value in line.items()}}) + "\n")
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, std ratio {line['std_ratio']:.2f}")
+            recent = []
+        if done % args.sample_every == 0 or done == args.iterations:
+            images = generate(student, shown, output="tensor")
+            save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
+            save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
+                          steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
+            state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "seconds": time.perf_counter() - began}
+            save_whole(out / "state.pt", lambda part: torch.save(state, part))
+            kept = done
+            if watch:
+                watch(done, student)
+    bar.close()
+    return student
+
+
+def picture_grid(images, columns=8):
+    """(B, 3, H, W) in [0, 1] -> a picture with `columns` of them in a row."""
+    rows = [torch.cat(list(row), 2) for row in F.pad(images, (1, 1, 1, 1), value=0.5).split(columns)]     # (3, H + 2, columns (W + 2))
+    rows = [F.pad(row, (0, rows[0].shape[2] - row.shape[2]), value=0.5) for row in rows]
+    return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy())
+
+
+def save_whole(path, write):
+    """write(part), then renamed to `path`: whatever happens, the old file or the new one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+
+def encode_images(pipeline, folder):
+    """The pictures in a folder, cropped and resized to the pipeline's size -> latents (M, C, h, w)."""
+    try:
+        files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    except OSError as error:
+        raise UserError(f"--images {folder}: {error.strerror}") from None
+    if not files:
+        raise UserError(f"--images {folder}: there is no picture in it")
+    with torch.no_grad():
+        return torch.cat([pipeline.vae.encode(prepare_image(read_image(file), pipeline.size, pipeline.size).to(pipeline.device))
+                          for file in tqdm(files, "encoding images", leave=False)])
+
+
+RUN_FILES = ("config.json", "log.jsonl", "samples", "student", "state.pt")
+FREE = {"iterations", "sample_every", "log_every", "device", "compile", "resume", "overwrite"}   # may change when a run goes on
+
+
+def parse_arguments(arguments=None, defaults=()):
+    """`defaults`: {option: value} that take the place of those below."""
+    parser = argparse.ArgumentParser(description="Distil a few-step student from a many-step teacher with Decoupled DMD.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--teacher", metavar="DIR", default=str(SHAPES / "teacher"), help="checkpoint directory, official layout or ours; not an already distilled one")
+    add("--prompts", metavar="FILE", help="one prompt a line, UTF-8 (default: those of the bundled teacher)")
+    add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves")
+    add("--resume", action="store_true", help="go on with the run in --out, with its options")
+    add("--overwrite", action="store_true", help="remove the run in --out and start again")
+    add("--steps", type=int, default=2, help="of the student: 1, 2, 4, 8")
+    add("--alpha", type=float, default=3.0, help="guidance scale of the CA term, the spear; 1 is none")
+    add("--shield", choices=list(SHIELD_WEIGHT), default="dm", help="what holds the spear in check")
+    add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.001)")
+    add("--schedule", choices=list(SCHEDULES), default="hybrid", help="which times the two terms re-noise to")
+    add("--raw", action="store_true", help="terms as they are, not normalised item by item")
+    add("--images", metavar="DIR", help="real pictures, which the shields meanvar and gan need")
+    add("--shift", type=float, help="of the student's times and of every re-noising time (default: the teacher's)")
+    add("--iterations", type=int, default=400, help="updates of the student")
+    add("--batch-size", type=int, default=16)
+    add("--fake-updates", type=int, default=2, help="of the fake, for one of the student")
+    add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student")
+    add("--lr", type=float, default=3e-4, help="the student's learning rate")
+    add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator")
+    add("--ema", type=float, default=0.98, help="of the student's weights: how much of the running average each update keeps")
+    add("--seed", type=int, default=0)
+    add("--sample-every", type=int, default=100, metavar="N", help="iterations between two checkpoints with sample pictures")
+    add("--log-every", type=int, default=10, metavar="N", help="iterations between two lines of log.jsonl")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU)")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    parser.set_defaults(**dict(defaults))
+    return parser.parse_args(arguments)
+
+
+def check(args):
+    """UserError for options that make no sense."""
+    whole = {"steps": 1, "iterations": 1, "batch_size": 1, "fake_updates": 1, "warmup_fake": 0, "sample_every": 1, "log_every": 1, "seed": 0}
+    for name, low in whole.items():
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} should be at least {low}, not {getattr(args, name)}")
+    for name, low, high in (("alpha", 1, math.inf), ("shield_weight", 0, math.inf), ("shift", 0, math.inf), ("lr", 0, math.inf),
+                            ("fake_lr", 0, math.inf), ("ema", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} should be a number from {low} to {high}, not {value}")
+    if args.shield == "none" and args.alpha == 1:
+        raise UserError("--shield none with --alpha 1 leaves nothing to learn from: give one of the two terms")
+    if args.shield in ("meanvar", "gan") and args.images is None:
+        raise UserError(f"--shield {args.shield} needs real pictures: give a folder with --images DIR, or take --shield dm, which needs none")
+    if args.prompts is None and Path(args.teacher).resolve() != (SHAPES / "teacher").resolve():
+        raise UserError("a teacher of your own needs prompts of its own: give --prompts FILE, one prompt a line")
+
+
+def settings_of(args, pipeline):
+    """-> Settings; what args leaves to the teacher or the shield is filled in."""
+    args.shift = pipeline.shift if args.shift is None else args.shift
+    args.shield_weight = SHIELD_WEIGHT[args.shield] if args.shield_weight is None else args.shield_weight
+    return Settings(normalise=not args.raw, **{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
+
+
+def resumed(args):
+    """The options of the run in args.out -> args again, with those as defaults. UserError where the command line has others."""
+    out = Path(args.out)
+    if not (out / "state.pt").exists():
+        raise UserError(f"--resume: there is no checkpoint of a run in {out}")
+    saved = {name: value for name, value in read_json(out / "config.json")["options"].items() if name not in FREE}
+    args = parse_arguments(defaults=saved)
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            raise UserError(f"--resume: --{name.replace('_', '-')} was {value} in {out}, not {getattr(args, name)}; "
+                            "leave it out to go on, or begin a run in another --out")
+    return args
+
+
+def prepare_folder(args):
+    """Makes args.out the folder of this run, and writes down how to repeat it."""
+    out = Path(args.out)
+    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / "config.json").exists() or not (out / "log.jsonl").exists():
+            raise UserError(f"--out {out} exists and is not a run of distill.py; name a new directory")
+        if not args.overwrite:
+            raise UserError(f"there is a run in {out} already: go on with it by --resume, remove it by --overwrite, or give another --out")
+        for name in RUN_FILES:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    text = json.dumps({"options": options, "torch": torch.__version__}, indent=2) + "\n"
+    save_whole(out / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
+    (out / "log.jsonl").touch()
+
+
+@explained()
+def main():
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    args = parse_arguments()
+    if args.resume:
+        args = resumed(args)
+    check(args)
+    device = pick_device(args.device)
+    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    prompts = read_prompts(args.prompts or SHAPES / "prompts.txt")
+    if not prompts:
+        raise UserError(f"there is no prompt in {args.prompts}")
+    pipeline = load_pipeline(args.teacher, device)
+    if pipeline.trained_steps:
+        warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: what guidance it had is spent, and CA has nothing to work with")
+    settings = settings_of(args, pipeline)
+    real = encode_images(pipeline, args.images) if args.images else None
+    prepare_folder(args)
+    distil(pipeline, prompts, settings, args, real)
+    out = Path(args.out)
+    print(f"""the student is in {out / 'student'}, what it draws in {out / 'samples'}. To sample it:
+    python sampler.py "{prompts[0]}" --model {out / 'student'}""")
+    if args.prompts is None:
+        print(f"To score it beside its teacher on prompts neither has seen:\n    python tutorials/shapes/evaluate.py --model {args.teacher} {out / 'student'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -328,7 +328,8 @@ class DiT(nn.Module):
             caption = block(caption, (cos[:, :, -m:], sin[:, :, -m:]), None if mask is None else mask[..., -m:])
         return Context(caption, (cos, sin), mask)
 
-    def forward(self, x, t, text):
+    def features(self, x, t, text, depth=None):
+        """Image tokens (B, N, dim) after the first `depth` joint layers (None: all), and the time embedding."""
         b, _, h, w = x.shape
         caption, (cos, sin), mask = text if isinstance(text, Context) else self.prepare(text, h, w)
         c = self.t_embedder(t)                                                  # (B, min(dim, 256))
@@ -340,9 +341,13 @@ class DiT(nn.Module):
             image = block(image, (cos[:, :, :n + padding], sin[:, :, :n + padding]), c=c)
 
         z = torch.cat((image, caption.expand(b, -1, -1)), 1)                                   # (B, S, dim)
-        for block in self.layers:
+        for block in self.layers[:depth]:
             z = block(z, (cos, sin), mask, c)
-        return unpatchify(self.final_layer(z[:, :n], c), h, w).type_as(x)                   # (B, C, h, w)
+        return z[:, :n], c
+
+    def forward(self, x, t, text):
+        tokens, c = self.features(x, t, text)
+        return unpatchify(self.final_layer(tokens, c), *x.shape[-2:]).type_as(x)            # (B, C, h, w)
 
 
 # --- VAE: image <-> latents, the Flux autoencoder -----------------------------------------------------------

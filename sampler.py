@@ -45,6 +45,7 @@ class Pipeline:
     steps: int = 8          # what the model is meant to be sampled with
     guidance: float = 0.0
     size: int = 1024        # pixels
+    trained_steps: int | None = None   # of a distilled student: the only number of steps it knows
     name: str = ""
     device: torch.device = torch.device("cpu")
     offload: bool = False   # networks stay on the CPU and visit the device to work
@@ -206,6 +207,8 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     guidance = pipeline.guidance if guidance is None else guidance
     height, width = height or pipeline.size, width or pipeline.size
     check_size(pipeline, height, width)
+    if steps != (pipeline.trained_steps or steps):
+        warnings.warn(f"this model was distilled to {pipeline.trained_steps} steps and knows the times of those alone; {steps} steps give worse pictures")
     if not prompts:
         raise UserError("there is no prompt")
     if not 0 <= guidance < math.inf:

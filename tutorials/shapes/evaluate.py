@@ -173,19 +173,35 @@ def score(images, prompts, real=None):
 
 
 @torch.no_grad()
-def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
-    """Prompts -> unclamped pictures (B, 3, 64, 64) on the CPU. The noise of prompt i depends on seed, i and batch alone."""
-    images, device = [], next(pipeline.dit.parameters()).device
-    config, side = pipeline.vae.config, data.SIDE // pipeline.vae.config.downsampling
+def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
+    """Prompts -> latents (B, C, h, w). The noise of prompt i depends on seed, i and batch alone."""
+    latents, device = [], next(pipeline.dit.parameters()).device
+    channels, side = pipeline.dit.config.in_channels, data.SIDE // pipeline.vae.config.downsampling
     times, generator = sampler.time_schedule(steps, pipeline.shift), torch.Generator().manual_seed(seed)
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     for start in tqdm(range(0, len(prompts), batch), f"{steps} steps, guidance {guidance:g}", leave=False, disable=None):
         part = prompts[start:start + batch]
-        noise = torch.randn(len(part), config.latent_channels, side, side, generator=generator).to(device)
+        noise = torch.randn(len(part), channels, side, side, generator=generator).to(device)
         text = sampler.encode_prompts(pipeline, part)
-        latents = sampler.sample(pipeline.dit, noise, text, times, guidance=guidance, negative=negative)
-        images.append(pipeline.vae.decode(latents.to(next(pipeline.vae.parameters()).dtype)).float().cpu())
-    return torch.cat(images)
+        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance, negative=negative))
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode(vae, latents, batch=100):
+    """Latents -> unclamped pictures (B, 3, 64, 64) on the CPU."""
+    return torch.cat([vae.decode(part.to(next(vae.parameters()).dtype)).float().cpu() for part in latents.split(batch)])
+
+
+@torch.no_grad()
+def encode(vae, images, batch=100):
+    """Pictures (B, 3, 64, 64) in [-1, 1] -> latents (B, C, h, w)."""
+    return torch.cat([vae.encode(part.to(next(vae.parameters()))) for part in images.split(batch)])
+
+
+def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
+    """Prompts -> unclamped pictures (B, 3, 64, 64) on the CPU, from the noise of sample_latents."""
+    return decode(pipeline.vae, sample_latents(pipeline, prompts, steps, guidance, seed, batch))
 
 
 def diversity(pipeline, steps, guidance, seeds=16, drawn=False):
@@ -204,10 +220,9 @@ DIVERSITY_PROMPTS = ["a small red circle on a blue background", "a large yellow 
                      "绿色背景上有一个白色的小爱心", "粉色背景上有一个紫色的大正方形"]
 
 
-@torch.no_grad()
-def reconstruct(vae, images, batch=100):
+def reconstruct(vae, images):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> unclamped reconstructions, and PSNR in dB averaged over pictures."""
-    out = torch.cat([vae.decode(vae.encode(part.to(next(vae.parameters()).dtype))).float() for part in images.split(batch)])
+    out = decode(vae, encode(vae, images))
     error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
     return out, float((10 * torch.log10(4 / error)).mean())
 
