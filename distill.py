@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from convert_weights import UserError, read_json, run_command, save_pipeline
 from model import Text
-from sampler import encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts, sample, time_schedule
+from sampler import check_size, encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts, sample, time_schedule
 
 # --- The two terms ------------------------------------------------------------------------------------------
 
@@ -194,12 +194,12 @@ class Players:
 
 def update(loss, optimizer, clip):
     """One step of an optimizer. FloatingPointError, and no step, where the loss or its gradient is not finite."""
+    optimizer.zero_grad()                     # first: a student's loss leaves gradient in the discriminator it went through
     loss.backward()
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     if not (loss + norm).isfinite():
         raise FloatingPointError("a loss or its gradient is not finite")
     optimizer.step()
-    optimizer.zero_grad()
 
 
 def training_step(players, text, null_text, noise, settings, generator=None, train_student=True):
@@ -352,44 +352,43 @@ def distil(pipeline, prompts, settings, args, real=None, watch=None):
     null_text, shown = encode_prompts(pipeline, [""]), prompts[:16]
     shape = pipeline.dit.config.in_channels, *[pipeline.size // pipeline.vae.config.downsampling] * 2
     wanted_std = float((generate(pipeline, shown, output="latent") if real is None else real).std())
-    bar = tqdm(initial=kept, total=args.iterations, desc="distilling", unit="it")
-    while done < args.iterations:
-        # Every draw of an iteration comes from a generator of its own: a run that goes on is the run that never stopped.
-        generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + done)
-        batch = [prompts[i] for i in torch.randint(len(prompts), (args.batch_size,), generator=generator)]
-        noise = torch.randn(args.batch_size, *shape, generator=generator).to(device)
-        rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min(1, max(done + 1, 0) / WARMUP)
-        try:
-            recent.append(training_step(players, encode_prompts(pipeline, batch), null_text, noise, settings, generator, done >= 0))
-        except FloatingPointError as error:
-            raise UserError(f"{error} in iteration {done + 1}; " + (f"{out / 'student'} is the student after {kept}" if kept else
-                            "there is no checkpoint yet") + "; try a smaller --lr or --alpha") from None
-        done += 1
-        if done <= 0:
-            continue
-        average = min(args.ema, done / (done + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(parts["average"].parameters()), list(parts["student"].parameters()), 1 - average)
-        bar.update()
-        if done % args.log_every == 0 or done == args.iterations:
-            line = {name: sum(f[name] for f in recent if name in f) / sum(name in f for f in recent) for name in recent[-1]}
-            line |= {"dm_ca": line["dm_rms"] / max(line["ca_rms"], 1e-12), "std_ratio": line["x_std"] / wanted_std}
-            line |= {"lr": rate, "fake_lr": args.fake_lr, "seconds": time.perf_counter() - began}
-            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": done, **{name: round(value, 6) for name, value in line.items()}}) + "\n")
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, std ratio {line['std_ratio']:.2f}")
-            recent = []
-        if done % args.sample_every == 0 or done == args.iterations:
-            images = generate(student, shown, output="tensor")
-            save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
-            save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
-                          steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
-            state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "seconds": time.perf_counter() - began}
-            save_whole(out / "state.pt", lambda part: torch.save(state, part))
-            kept = done
-            if watch:
-                watch(done, student)
-    bar.close()
+    with tqdm(initial=kept, total=args.iterations, desc="distilling", unit="it") as bar:
+        while done < args.iterations:
+            # Every draw of an iteration comes from a generator of its own: a run that goes on is the run that never stopped.
+            generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + done)
+            batch = [prompts[i] for i in torch.randint(len(prompts), (args.batch_size,), generator=generator)]
+            noise = torch.randn(args.batch_size, *shape, generator=generator).to(device)
+            rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min(1, max(done + 1, 0) / WARMUP)
+            try:
+                recent.append(training_step(players, encode_prompts(pipeline, batch), null_text, noise, settings, generator, done >= 0))
+            except FloatingPointError as error:
+                raise UserError(f"{error} in iteration {done + 1}; " + (f"{out / 'student'} is the student after {kept}" if kept else
+                                "there is no checkpoint yet") + "; try a smaller --lr or --alpha") from None
+            done += 1
+            if done <= 0:
+                continue
+            average = min(args.ema, done / (done + 9))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(parts["average"].parameters()), list(parts["student"].parameters()), 1 - average)
+            bar.update()
+            if done % args.log_every == 0 or done == args.iterations:
+                line = {name: sum(f[name] for f in recent if name in f) / sum(name in f for f in recent) for name in recent[-1]}
+                line |= {"dm_ca": line["dm_rms"] / max(line["ca_rms"], 1e-12), "std_ratio": line["x_std"] / wanted_std}
+                line |= {"lr": rate, "fake_lr": args.fake_lr, "seconds": time.perf_counter() - began}
+                with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"iteration": done, **{name: round(value, 6) for name, value in line.items()}}) + "\n")
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, std ratio {line['std_ratio']:.2f}")
+                recent = []
+            if done % args.sample_every == 0 or done == args.iterations:
+                images = generate(student, shown, output="tensor")
+                save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
+                save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
+                              steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
+                state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "seconds": time.perf_counter() - began}
+                save_whole(out / "state.pt", lambda part: torch.save(state, part))
+                kept = done
+                if watch:
+                    watch(done, student)
     return student
 
 
@@ -446,6 +445,7 @@ def parse_arguments(arguments=None, defaults=()):
     add("--raw", action="store_true", help="terms as they are, not normalised item by item")
     add("--images", metavar="DIR", help="real pictures, which the shields meanvar and gan need")
     add("--shift", type=float, help="of the student's times and of every re-noising time (default: the teacher's)")
+    add("--size", type=int, metavar="PIXELS", help="height and width of what is learned from (default: the teacher's own)")
     add("--iterations", type=int, default=400, help="updates of the student")
     add("--batch-size", type=int, default=16)
     add("--fake-updates", type=int, default=2, help="of the fake, for one of the student")
@@ -474,6 +474,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} should be a number from {low} to {high}, not {value}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
     if args.shield == "none" and args.alpha == 1:
         raise UserError("--shield none with --alpha 1 leaves nothing to learn from: give one of the two terms")
     if args.shield in ("meanvar", "gan") and args.images is None:
@@ -533,6 +535,8 @@ def main():
     if not prompts:
         raise UserError(f"there is no prompt in {args.prompts}")
     pipeline = load_pipeline(args.teacher, device)
+    pipeline.size = args.size or pipeline.size
+    check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:
         warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: what guidance it had is spent, and CA has nothing to work with")
     settings = settings_of(args, pipeline)
