@@ -99,16 +99,20 @@ def start():
     return net.requires_grad_(False)
 
 
-def train(start, count, seed=0, lr=1e-3, batch=128, **settings):
-    """`count` iterations with rates that fall to 0 -> the student."""
+def train(start, count, seed=0, lr=1e-3, batch=128, fakes=1, **settings):
+    """`count` iterations with rates that fall to 0 -> the student. `fakes`: one for all its steps, or as many as it has."""
     g, settings, nets = torch.Generator().manual_seed(seed), Settings(**settings), {"student": copy.deepcopy(start)}
     if settings.shield == "dm":
-        nets["fake"] = copy.deepcopy(start)
+        nets["fake"] = nn.ModuleList(copy.deepcopy(start) for _ in range(fakes))
     if settings.shield == "gan":
         torch.manual_seed(seed)
         nets["discriminator"] = Discriminator(lambda x, t, text: start.features(x, t, text)[:, None], 96)
     optimizers = {f"{name}_optimizer": torch.optim.Adam(net.requires_grad_().parameters(), lr, (0.0, 0.999)) for name, net in nets.items()}
     players = Players(teacher, **nets, **optimizers, real=draw(torch.arange(4000) % CLASSES, g))
+    if settings.shield == "dm":
+        calls, times = [], time_schedule(settings.steps, settings.shift).tolist()             # the student's last call tells the step
+        players.student = lambda x, t, text: calls.append(times.index(t[0].item())) or nets["student"](x, t, text)
+        players.fake = lambda x, t, text: nets["fake"][calls[-1] % fakes](x, t, text)
     for i in range(count):
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr * (1 - i / count)
@@ -139,6 +143,9 @@ def outputs(student, steps):
 
 
 def distilled(start, count, steps=1, **settings):
-    student = train(start, count, steps=steps, **settings)
-    xs, text = outputs(student, steps)
-    return judge(xs[-1], text)
+    """-> judge of the samples; of two steps and more, also of all outputs of all steps together, which is what the fake sees."""
+    xs, text = outputs(train(start, count, steps=steps, **settings), steps)
+    if steps == 1:
+        return judge(xs[0], text)
+    turn = torch.arange(len(text)) // CLASSES % steps
+    return judge(xs[-1], text), judge(torch.stack(xs)[turn, torch.arange(len(text))], text)

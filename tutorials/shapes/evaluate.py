@@ -1,5 +1,6 @@
-"""Reads pictures of the shapes world back, without a network, and scores a checkpoint by it.
+"""Reads pictures of the shapes world back, without a network, and scores checkpoints by it.
 
+    python tutorials/shapes/evaluate.py                                                 teacher and student side by side
     python tutorials/shapes/evaluate.py --model tutorials/shapes/teacher --steps 1 4 16 --guidance 0 3
 
 Accuracy counts, of the prompts that mention an attribute, the share whose picture shows it; `joint` wants everything
@@ -239,8 +240,9 @@ def table_row(name, row):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="Score a shapes checkpoint; prints a markdown table.")
-    parser.add_argument("--model", default=os.path.join(HERE, "teacher"), help="checkpoint folder")
+    parser = argparse.ArgumentParser(description="Score shapes checkpoints; prints a markdown table.")
+    bundled = [folder for folder in (os.path.join(HERE, name) for name in ("teacher", "student")) if os.path.exists(folder)]
+    parser.add_argument("--model", nargs="+", default=bundled, metavar="DIR", help="one or several checkpoint folders (default: the bundled ones)")
     parser.add_argument("--steps", type=int, nargs="+", help="one or several numbers of steps; default: the checkpoint's")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or several: v = v_pos + g (v_pos - v_neg); default: the checkpoint's")
     parser.add_argument("--prompts", default=os.path.join(HERE, "prompts_heldout.txt"), help="file, one prompt a line")
@@ -260,17 +262,18 @@ def read_prompts(path, count=None):
 def main():
     args = arguments()
     prompts = read_prompts(args.prompts, args.count)
-    pipeline = sampler.load_pipeline(args.model)
+    pipelines = [sampler.load_pipeline(model) for model in args.model]
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * (len(COLUMNS) + 1))
     print(table_row("drawings", score(drawings(prompts, args.seed + 2), prompts, real) | diversity(None, 0, 0, drawn=True)))
-    rebuilt, psnr = reconstruct(pipeline.vae, real)
+    rebuilt, psnr = reconstruct(pipelines[0].vae, real)
     print(table_row(f"VAE, {psnr:.1f} dB", score(rebuilt, prompts, real)), flush=True)
-    for steps in args.steps or [pipeline.steps]:
-        for guidance in [pipeline.guidance] if args.guidance is None else args.guidance:
-            images = sample_images(pipeline, prompts, steps, guidance, args.seed)
-            row = score(images, prompts, real) | diversity(pipeline, steps, guidance)
-            print(table_row(f"{steps} step{'s' * (steps > 1)}, guidance {guidance:g}", row), flush=True)
+    for pipeline in pipelines:
+        for steps in args.steps or [pipeline.steps]:
+            for guidance in [pipeline.guidance] if args.guidance is None else args.guidance:
+                images = sample_images(pipeline, prompts, steps, guidance, args.seed)
+                row = score(images, prompts, real) | diversity(pipeline, steps, guidance)
+                print(table_row(f"{pipeline.name}, {steps} step{'s' * (steps > 1)}, guidance {guidance:g}", row), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 # PyTorch's CPU allocator returns freed memory to the system and asks for it again at every step; glibc keeps it when
 # told so before the process starts. Up to twice as fast here.
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,6 +40,7 @@ import data      # noqa: E402
 import evaluate  # noqa: E402
 import sampler   # noqa: E402
 from convert_weights import UserError, run_command, save_pipeline  # noqa: E402
+from distill import picture_grid, save_whole  # noqa: E402
 from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig  # noqa: E402
 
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")   # RMSNorm under autocast, on purpose
@@ -104,8 +105,7 @@ def dit_config(recipe):
 
 def save(path, value):
     """torch.save beside the file, then renamed: a killed run leaves the previous file whole."""
-    torch.save(value, path + ".part")
-    os.replace(path + ".part", path)
+    save_whole(Path(path), lambda part: torch.save(value, part))
 
 
 def log(out, **values):
@@ -115,14 +115,10 @@ def log(out, **values):
         file.write(line + "\n")
 
 
-def save_grid(path, images, columns=8, scale=2):
-    """(B, 3, H, W) in [-1, 1] -> PNG with `columns` pictures a row."""
-    pictures = np.pad(evaluate.to_uint8(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
-    pictures = pictures[:len(pictures) // columns * columns] if len(pictures) > columns else pictures
-    rows = [np.concatenate(list(pictures[i:i + columns]), 1) for i in range(0, len(pictures), columns)]
-    grid = Image.fromarray(np.concatenate(rows)).resize((rows[0].shape[1] * scale, len(rows) * rows[0].shape[0] * scale), 0)
-    grid.save(path + ".part", format="PNG")
-    os.replace(path + ".part", path)
+def save_grid(path, images, scale=2):
+    """(B, 3, H, W) in [-1, 1] -> PNG with 8 pictures a row."""
+    grid = picture_grid(images.div(2).add(0.5).clamp(0, 1))
+    save_whole(Path(path), lambda part: grid.resize([scale * side for side in grid.size], 0).save(part, format="PNG"))
 
 
 def random_step(seed, *where):
