@@ -168,14 +168,15 @@ def backward_simulation(student, noise, text, times, step):
 @dataclass
 class Settings:
     """What one iteration depends on."""
-    steps: int = 2               # of the student
-    alpha: float = 3.0           # guidance scale of the spear; 1 is none
+    steps: int = 4               # of the student
+    alpha: float = 2.0           # guidance scale of the spear; 1 is none
     shield: str = "dm"           # dm, meanvar, gan or none
     shield_weight: float = 1.0   # of meanvar and gan
+    r1: float = 0.01             # gradient penalty of the discriminator; at 1 it never learned anything here
     schedule: str = "hybrid"     # where to re-noise: a key of SCHEDULES
     shift: float = 3.0           # of the student's schedule and of every tau
     normalise: bool = True       # each term per item, or raw
-    fake_updates: int = 5        # for one update of the student
+    fake_updates: int = 2        # for one update of the student
     clip: float = 1.0            # largest norm of a gradient
 
 
@@ -237,11 +238,12 @@ def training_step(players, text, null_text, noise, settings, generator=None, tra
 
     x = x.detach()
     for _ in range(s.fake_updates if p.fake is not None else 0):
-        figures["fake_loss"] = fake_loss(p.fake, x, any_time(), text, fresh())
+        tau, _ = sample_tau(s.schedule, t, s.shift, generator)                  # where DM will ask the fake
+        figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
         update(figures["fake_loss"], p.fake_optimizer, s.clip)
     if s.shield == "gan":
         real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
-        figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator)
+        figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
         update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
     return {name: value.item() for name, value in figures.items()}
 
@@ -277,7 +279,7 @@ def generator_loss(discriminator, x, t, null_text, noise):
     return F.softplus(-discriminator(renoise(x, t, noise), t, null_text)).mean()
 
 
-def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=None, r1=1.0, sigma=0.01):
+def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=None, r1=0.01, sigma=0.01):
     """Its own update: softplus(-logit) on real, softplus(logit) on x, both noised alike, and R1 by finite difference:
     how much the logits of real pictures change with a little noise, ((D(real + sigma n) - D(real)) / sigma)^2."""
     real, x = renoise(real, t, noise), renoise(x.detach(), t, noise)
@@ -289,8 +291,8 @@ def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=No
 # --- A run --------------------------------------------------------------------------------------------------
 
 
-WARMUP = 20              # updates over which the student's rate rises from 0
-SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 1e-3, "none": 0.0}
+WARMUP = 20              # updates over which the student's rate rises; from there it falls linearly to 0 at the last one
+SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 0.3, "none": 0.0}
 SHAPES = Path(__file__).parent / "tutorials" / "shapes"
 
 
@@ -305,16 +307,16 @@ def working_in(net, device, dtype):
     return call
 
 
-def adam(net, lr):
-    """AdamW without momentum, as in DMD2: student and fake answer each other's moves, and an average of old ones lags."""
-    return torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0)
+def adam(net, lr, momentum=0.0):
+    """The student has momentum, because its directions are noisy; those who follow it have none, because it moves on."""
+    return torch.optim.AdamW(net.parameters(), lr, betas=(momentum, 0.99), weight_decay=0.0)
 
 
 def cast(pipeline, settings, args, real=None):
     """-> (Players, {name: module or optimizer}): who takes part, and all of it that changes and is saved."""
     teacher = pipeline.dit.requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    parts = {"student": student, "student_optimizer": adam(student, args.lr), "average": copy.deepcopy(teacher)}
+    parts = {"student": student, "student_optimizer": adam(student, args.lr, momentum=0.9), "average": copy.deepcopy(teacher)}
     work = lambda net: working_in(net, pipeline.device, args.dtype)
     players = Players(work(teacher), work(student), parts["student_optimizer"], real=real)
     if settings.shield == "dm":
@@ -341,13 +343,15 @@ def distil(pipeline, prompts, settings, args, real=None, watch=None):
     out, device = Path(args.out), pipeline.device
     players, parts = cast(pipeline, settings, args, real)
     student = replace(pipeline, dit=parts["average"], shift=settings.shift, steps=settings.steps, trained_steps=settings.steps, guidance=0.0)
-    done, seconds = -args.warmup_fake, 0.0    # updates of the student; the fake's warm-up counts up to 0
+    done, seconds, recent = -args.warmup_fake, 0.0, []    # done: updates of the student; the fake's warm-up counts up to 0
     if (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", map_location=device)
-        done, seconds = saved["done"], saved["seconds"]
+        done, seconds, recent = saved["done"], saved["seconds"], saved["recent"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    began, recent, kept = time.perf_counter() - seconds, [], max(done, 0)
+        lines = [line for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines(True) if json.loads(line)["iteration"] <= done]
+        save_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    began, kept = time.perf_counter() - seconds, max(done, 0)
 
     null_text, shown = encode_prompts(pipeline, [""]), prompts[:16]
     shape = pipeline.dit.config.in_channels, *[pipeline.size // pipeline.vae.config.downsampling] * 2
@@ -358,7 +362,7 @@ def distil(pipeline, prompts, settings, args, real=None, watch=None):
             generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + done)
             batch = [prompts[i] for i in torch.randint(len(prompts), (args.batch_size,), generator=generator)]
             noise = torch.randn(args.batch_size, *shape, generator=generator).to(device)
-            rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min(1, max(done + 1, 0) / WARMUP)
+            rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min((done + 1) / WARMUP, 1 - done / args.iterations)
             try:
                 recent.append(training_step(players, encode_prompts(pipeline, batch), null_text, noise, settings, generator, done >= 0))
             except FloatingPointError as error:
@@ -384,7 +388,7 @@ def distil(pipeline, prompts, settings, args, real=None, watch=None):
                 save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
                 save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
                               steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
-                state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "seconds": time.perf_counter() - began}
+                state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "recent": recent, "seconds": time.perf_counter() - began}
                 save_whole(out / "state.pt", lambda part: torch.save(state, part))
                 kept = done
                 if watch:
@@ -437,10 +441,10 @@ def parse_arguments(arguments=None, defaults=()):
     add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--overwrite", action="store_true", help="remove the run in --out and start again")
-    add("--steps", type=int, default=2, help="of the student: 1, 2, 4, 8")
-    add("--alpha", type=float, default=3.0, help="guidance scale of the CA term, the spear; 1 is none")
+    add("--steps", type=int, default=4, help="of the student: 1, 2, 4, 8")
+    add("--alpha", type=float, default=2.0, help="guidance scale of the CA term, the spear; 1 is none")
     add("--shield", choices=list(SHIELD_WEIGHT), default="dm", help="what holds the spear in check")
-    add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.001)")
+    add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.3)")
     add("--schedule", choices=list(SCHEDULES), default="hybrid", help="which times the two terms re-noise to")
     add("--raw", action="store_true", help="terms as they are, not normalised item by item")
     add("--images", metavar="DIR", help="real pictures, which the shields meanvar and gan need")
@@ -450,7 +454,7 @@ def parse_arguments(arguments=None, defaults=()):
     add("--batch-size", type=int, default=16)
     add("--fake-updates", type=int, default=2, help="of the fake, for one of the student")
     add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student")
-    add("--lr", type=float, default=3e-4, help="the student's learning rate")
+    add("--lr", type=float, default=2e-4, help="the student's learning rate at its highest")
     add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator")
     add("--ema", type=float, default=0.98, help="of the student's weights: how much of the running average each update keeps")
     add("--seed", type=int, default=0)

@@ -382,18 +382,27 @@ def test_every_shield_runs(command, shield, tmp_path):
     assert any((tensors_of(command.out)[name].float() - value).abs().max() > 0 for name, value in teacher.items())
 
 
-def test_resumed_is_the_same_run(command, tmp_path):
-    assert command("--iterations", 4).returncode == 0
+def test_resumed_is_the_same_run(command, monkeypatch):
+    """Cut off after two iterations of four, the run goes on to the same weights and the same log."""
+    assert command("--iterations", 4, "--sample-every", 2).returncode == 0
     whole, log = tensors_of(command.out), log_of(command.out)
-    assert command("--iterations", 2, "--overwrite").returncode == 0
+    step, calls = distill.training_step, []
+
+    def cut_off(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+    monkeypatch.setattr(distill, "training_step", cut_off)
+    assert command("--iterations", 4, "--sample-every", 2, "--overwrite").returncode == 130
     assert any(not torch.equal(whole[name], value) for name, value in tensors_of(command.out).items())
+    assert refused(command("--resume", "--alpha", 3), "--alpha", "2.0", "3.0")
     result = command("--iterations", 4, "--resume")
     assert result.returncode == 0, result.stderr
     again = tensors_of(command.out)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     for a, b in zip(log, log_of(command.out), strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-    assert refused(command("--iterations", 6, "--resume", "--alpha", 2), "--alpha", "3.0", "2.0")
 
 
 def test_what_is_there_is_kept(command, tmp_path):
@@ -420,7 +429,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(command, monkeypatc
         return step(*arguments, **options)
     monkeypatch.setattr(distill, "training_step", fails_at_third)
     assert refused(command("--iterations", 4, "--sample-every", 2), "not finite", "iteration 3", command.out / "student")
-    assert sampler.load_pipeline(command.out / "student").trained_steps == 2
+    assert sampler.load_pipeline(command.out / "student").trained_steps == 4
     assert torch.load(command.out / "state.pt")["done"] == 2
 
 

@@ -189,13 +189,13 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
 
 
 @torch.no_grad()
-def decode(vae, latents, batch=100):
+def decode(vae, latents, batch=10):
     """Latents -> unclamped pictures (B, 3, 64, 64) on the CPU."""
     return torch.cat([vae.decode(part.to(next(vae.parameters()).dtype)).float().cpu() for part in latents.split(batch)])
 
 
 @torch.no_grad()
-def encode(vae, images, batch=100):
+def encode(vae, images, batch=10):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> latents (B, C, h, w)."""
     return torch.cat([vae.encode(part.to(next(vae.parameters()))) for part in images.split(batch)])
 

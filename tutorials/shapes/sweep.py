@@ -3,7 +3,7 @@
     python tutorials/shapes/sweep.py --out runs/sweep --workers 2          some three hours on 2 CPU cores; goes on where it stopped
     python tutorials/shapes/sweep.py --out runs/sweep --table              the table of what is there, in markdown
 
-Each student is scored every 50 iterations on 200 prompts kept out of its training; the best iteration by joint accuracy there and
+Each student is scored every 40 iterations on 100 prompts kept out of its training; the best iteration by joint accuracy there and
 the last one are then scored on the 1,000 held-out prompts. What the columns mean: the top of evaluate.py, and COLUMNS.
 """
 
@@ -25,24 +25,26 @@ import evaluate                                       # noqa: E402
 import sampler                                        # noqa: E402
 from convert_weights import UserError, run_command    # noqa: E402
 
-BASE = ["--steps", "4", "--alpha", "3", "--iterations", "150", "--sample-every", "50", "--dtype", "bfloat16"]
+BASE = ["--iterations", "120", "--sample-every", "40", "--dtype", "bfloat16"]
+STRONG = ["--steps", "4", "--alpha", "4"]      # a spear that is hard to hold shows the difference between shields
 VARIANTS = {
-    "CA + DM, hybrid": [],
-    "CA alone": ["--shield", "none"],
-    "DM alone": ["--alpha", "1"],
-    "CA + mean/variance": ["--shield", "meanvar"],
-    "CA + GAN": ["--shield", "gan"],
-    "coupled": ["--schedule", "coupled"],
-    "full": ["--schedule", "full"],
-    "constrained": ["--schedule", "constrained"],
-    "hybrid, raw terms": ["--raw"],
     "1 step": ["--steps", "1"],
     "2 steps": ["--steps", "2"],
+    "4 steps": ["--steps", "4"],
     "8 steps": ["--steps", "8"],
+    "CA + DM, hybrid": STRONG,
+    "CA alone": [*STRONG, "--shield", "none"],
+    "DM alone": ["--steps", "4", "--alpha", "1"],
+    "CA + mean/variance": [*STRONG, "--shield", "meanvar"],
+    "CA + GAN": [*STRONG, "--shield", "gan"],
+    "CA + DM, coupled": [*STRONG, "--schedule", "coupled"],
+    "CA + DM, full": [*STRONG, "--schedule", "full"],
+    "CA + DM, constrained": [*STRONG, "--schedule", "constrained"],
+    "CA + DM, hybrid, raw terms": [*STRONG, "--raw"],
 }
 COLUMNS = {"joint": "joint", "shape": "shape", "fd": "FD", "std_ratio": "latent std ratio", "out_of_range": "out of range",
            "saturation": "saturation", "centre_spread": "centre spread", "seed_difference": "seeds differ"}
-VALIDATION = 200          # of the training prompts, the last ones
+VALIDATION = 100          # of the training prompts, the last ones
 REAL = 512                # drawings for the shields that want real pictures
 
 
