@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from convert_weights import UserError, read_json, run_command, save_pipeline
 from model import Text
-from sampler import check_size, encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts, sample, time_schedule
+from sampler import (check_size, encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts,
+                     sample, time_schedule)
 
 # --- The two terms ------------------------------------------------------------------------------------------
 
@@ -70,15 +71,6 @@ def data_estimate(net, x, t, text):
 def normalised(delta, x, estimate, floor=0.05):
     """Each item of delta in units of mean |x - estimate|: differences of estimates shrink as tau goes to 1, and so do these."""
     return delta / over((x - estimate).abs().flatten(1).mean(1).clamp(min=floor), x)
-
-
-def join(*texts, batch):
-    """Texts one after the other in one batch, each stretched to `batch` where it is of batch 1."""
-    if not isinstance(texts[0], Text):
-        return torch.cat([text.expand(batch, *text.shape[1:]) for text in texts])
-    longest = max(text.features.shape[1] for text in texts)
-    features = [F.pad(text.features, (0, 0, 0, longest - text.features.shape[1])).expand(batch, -1, -1) for text in texts]
-    return Text(torch.cat(features), torch.cat([text.lengths.expand(batch) for text in texts]))
 
 
 @torch.no_grad()
@@ -153,16 +145,60 @@ def sample_tau(schedule, t, shift=1.0, generator=None):
 
 
 def backward_simulation(student, noise, text, times, step):
-    """-> (x, t): the student's output x = G(z_t) at times[step], with z_t from its own earlier steps, as sampler.sample runs it.
-
-    Only the last call of the student carries gradient.
-    """
+    """-> (x, t): the student's output x = G(z_t) at t = times[step]; z_t is where sampler.sample takes it by then. Gradient: last call only."""
     z = sample(student, noise, text, times[:step + 1])
     t = times[step].to(noise).expand(len(noise))
     return data_estimate(student, z, t, text), t
 
 
 # --- One training iteration (Algorithm 1) ---------------------------------------------------------------------
+
+
+def training_step(players, text, null_text, noise, settings, generator=None, train_student=True):
+    """One update of the student from `noise` (B, ...), then those of fake and discriminator -> {name: number} for the log.
+
+    train_student False: the others only learn what the student makes now. Every draw is made on the CPU by `generator`.
+    """
+    p, s, times = players, settings, time_schedule(settings.steps, settings.shift)
+    fresh = lambda: torch.randn(noise.shape, generator=generator, dtype=noise.dtype).to(noise.device)
+    any_time = lambda: shift_time(torch.rand(len(noise), generator=generator, dtype=noise.dtype), s.shift).to(noise.device)
+
+    with torch.set_grad_enabled(train_student):
+        x, t = backward_simulation(p.student, noise, text, times, step=int(torch.randint(s.steps, (), generator=generator)))
+    figures = {"x_mean": x.mean(), "x_std": x.std()}
+
+    if train_student:
+        tau_dm, tau_ca = sample_tau(s.schedule, t, s.shift, generator)
+        noise_dm = fresh()
+        noise_ca = noise_dm if s.schedule == "coupled" else fresh()
+        dm, ca, teacher_dm, teacher_ca = torch.zeros_like(x), torch.zeros_like(x), p.teacher, p.teacher
+        if s.shield == "dm" and s.alpha != 1:
+            teacher_dm, teacher_ca = shared_call(p.teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca)
+        if s.shield == "dm":
+            dm = distribution_matching(teacher_dm, p.fake, x, tau_dm, text, noise_dm, s.normalise)
+        if s.alpha != 1:
+            ca = cfg_augmentation(teacher_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
+        loss = proxy_loss(x, dm + ca)
+        if s.shield == "meanvar":
+            loss = loss + s.shield_weight * mean_variance_kl(x, p.real.mean(), p.real.var())
+        if s.shield == "gan":
+            loss = loss + s.shield_weight * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
+        update(loss, p.student_optimizer, s.clip)
+        figures |= {"loss": loss, "dm_rms": dm.square().mean().sqrt(), "ca_rms": ca.square().mean().sqrt(),
+                    "cosine": F.cosine_similarity(dm.flatten(), ca.flatten(), dim=0)}
+
+    for _ in range(s.fake_updates if p.fake is not None else 0):
+        tau, _ = sample_tau(s.schedule, t, s.shift, generator)                  # where DM will ask the fake
+        figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
+        update(figures["fake_loss"], p.fake_optimizer, s.clip)
+    if s.shield == "gan":
+        real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
+        figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
+        update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
+    return {name: value.item() for name, value in figures.items()}
+
+
+# --- What an iteration is given, and its small parts --------------------------------------------------------
 
 
 @dataclass
@@ -203,56 +239,23 @@ def update(loss, optimizer, clip):
     optimizer.step()
 
 
-def training_step(players, text, null_text, noise, settings, generator=None, train_student=True):
-    """One update of the student from `noise` (B, ...), then those of fake and discriminator -> {name: number} for the log.
-
-    train_student False: the others only learn what the student makes now. Every draw is made on the CPU by `generator`.
-    """
-    p, s, times = players, settings, time_schedule(settings.steps, settings.shift)
-    fresh = lambda: torch.randn(noise.shape, generator=generator, dtype=noise.dtype).to(noise.device)
-    any_time = lambda: shift_time(torch.rand(len(noise), generator=generator, dtype=noise.dtype), s.shift).to(noise.device)
-
-    with torch.set_grad_enabled(train_student):
-        x, t = backward_simulation(p.student, noise, text, times, step=int(torch.randint(s.steps, (), generator=generator)))
-    figures = {"x_mean": x.mean(), "x_std": x.std()}
-
-    if train_student:
-        tau_dm, tau_ca = sample_tau(s.schedule, t, s.shift, generator)
-        noise_dm = fresh()
-        noise_ca = noise_dm if s.schedule == "coupled" else fresh()
-        dm, ca, teacher_dm, teacher_ca = torch.zeros_like(x), torch.zeros_like(x), p.teacher, p.teacher
-        if s.shield == "dm" and s.alpha != 1:
-            teacher_dm, teacher_ca = shared_call(p.teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca)
-        if s.shield == "dm":
-            dm = distribution_matching(teacher_dm, p.fake, x, tau_dm, text, noise_dm, s.normalise)
-        if s.alpha != 1:
-            ca = cfg_augmentation(teacher_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
-        loss = proxy_loss(x, dm + ca)
-        if s.shield == "meanvar":
-            loss = loss + s.shield_weight * mean_variance_kl(x, p.real.mean(), p.real.var())
-        if s.shield == "gan":
-            loss = loss + s.shield_weight * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
-        update(loss, p.student_optimizer, s.clip)
-        figures |= {"loss": loss, "dm_rms": dm.square().mean().sqrt(), "ca_rms": ca.square().mean().sqrt(),
-                    "cosine": F.cosine_similarity(dm.flatten(), ca.flatten(), dim=0)}
-
-    x = x.detach()
-    for _ in range(s.fake_updates if p.fake is not None else 0):
-        tau, _ = sample_tau(s.schedule, t, s.shift, generator)                  # where DM will ask the fake
-        figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
-        update(figures["fake_loss"], p.fake_optimizer, s.clip)
-    if s.shield == "gan":
-        real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
-        figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
-        update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
-    return {name: value.item() for name, value in figures.items()}
+def join(*texts, batch):
+    """Texts one after the other in one batch, each stretched to `batch` where it is of batch 1."""
+    if not isinstance(texts[0], Text):
+        return torch.cat([text.expand(batch, *text.shape[1:]) for text in texts])
+    longest = max(text.features.shape[1] for text in texts)
+    features = [F.pad(text.features, (0, 0, 0, longest - text.features.shape[1])).expand(batch, -1, -1) for text in texts]
+    return Text(torch.cat(features), torch.cat([text.lengths.expand(batch) for text in texts]))
 
 
 # --- Other shields: the paper's point is that the spear needs one, not this one -----------------------------
 
 
 def mean_variance_kl(x, mean, var):
-    """KL of each item's numbers, taken as one Gaussian, from N(mean, var), averaged over items (Eq. 7): 0 at the target."""
+    """KL of each item's numbers, taken as one Gaussian, from N(mean, var), averaged over items (Eq. 7): 0 at the target.
+
+    mean, var: numbers; of all of the real data together, as training_step has it.
+    """
     x = x.flatten(1)
     mu, sigma2 = x.mean(1), x.var(1, correction=0)                              # (B,)
     return 0.5 * ((sigma2 + (mu - mean) ** 2) / var - 1 - (sigma2 / var).log()).mean()
@@ -261,8 +264,8 @@ def mean_variance_kl(x, mean, var):
 class Discriminator(nn.Module):
     """Whether noised x is real, from what another net sees in it: features (B, S, width) -> logits (B,).
 
-    `features` is a callable (x, t, text) -> (B, S, width) of a frozen net (for a DiT: `dit_features`); it sees every x with
-    the empty prompt, because the real pictures come without prompts.
+    `features` is a callable (x, t, text) -> (B, S, width) of a frozen net (model.DiT.features); it sees every x with the
+    empty prompt, because the real pictures come without prompts.
     """
 
     def __init__(self, features, width):
@@ -388,7 +391,8 @@ def distil(pipeline, prompts, settings, args, real=None, watch=None):
                 save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
                 save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
                               steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
-                state = {name: part.state_dict() for name, part in parts.items()} | {"done": done, "recent": recent, "seconds": time.perf_counter() - began}
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"done": done, "recent": recent, "seconds": time.perf_counter() - began}
                 save_whole(out / "state.pt", lambda part: torch.save(state, part))
                 kept = done
                 if watch:
@@ -433,35 +437,35 @@ FREE = {"iterations", "sample_every", "log_every", "device", "compile", "resume"
 
 def parse_arguments(arguments=None, defaults=()):
     """`defaults`: {option: value} that take the place of those below."""
-    parser = argparse.ArgumentParser(description="Distil a few-step student from a many-step teacher with Decoupled DMD.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Distil a few-step student from a many-step teacher with Decoupled DMD.", allow_abbrev=False)
     add = parser.add_argument
-    add("--teacher", metavar="DIR", default=str(SHAPES / "teacher"), help="checkpoint directory, official layout or ours; not an already distilled one")
+    add("--teacher", metavar="DIR", default=str(SHAPES / "teacher"), help="checkpoint directory, official layout or ours, of an undistilled "
+        "model (default: the bundled one)")
     add("--prompts", metavar="FILE", help="one prompt a line, UTF-8 (default: those of the bundled teacher)")
-    add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves")
+    add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves (default %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--overwrite", action="store_true", help="remove the run in --out and start again")
-    add("--steps", type=int, default=4, help="of the student: 1, 2, 4, 8")
-    add("--alpha", type=float, default=2.0, help="guidance scale of the CA term, the spear; 1 is none")
-    add("--shield", choices=list(SHIELD_WEIGHT), default="dm", help="what holds the spear in check")
+    add("--steps", type=int, default=4, help="of the student: 1, 2, 4, 8 (default %(default)s)")
+    add("--alpha", type=float, default=2.0, help="guidance scale of the CA term, the spear; 1 is none (default %(default)s)")
+    add("--shield", choices=list(SHIELD_WEIGHT), default="dm", help="what holds the spear in check (default %(default)s)")
     add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.3)")
-    add("--schedule", choices=list(SCHEDULES), default="hybrid", help="which times the two terms re-noise to")
+    add("--schedule", choices=list(SCHEDULES), default="hybrid", help="which times the two terms re-noise to (default %(default)s)")
     add("--raw", action="store_true", help="terms as they are, not normalised item by item")
     add("--images", metavar="DIR", help="real pictures, which the shields meanvar and gan need")
     add("--shift", type=float, help="of the student's times and of every re-noising time (default: the teacher's)")
-    add("--size", type=int, metavar="PIXELS", help="height and width of what is learned from (default: the teacher's own)")
-    add("--iterations", type=int, default=400, help="updates of the student")
-    add("--batch-size", type=int, default=16)
-    add("--fake-updates", type=int, default=2, help="of the fake, for one of the student")
-    add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student")
-    add("--lr", type=float, default=2e-4, help="the student's learning rate at its highest")
-    add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator")
-    add("--ema", type=float, default=0.98, help="of the student's weights: how much of the running average each update keeps")
-    add("--seed", type=int, default=0)
-    add("--sample-every", type=int, default=100, metavar="N", help="iterations between two checkpoints with sample pictures")
-    add("--log-every", type=int, default=10, metavar="N", help="iterations between two lines of log.jsonl")
-    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU)")
-    add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
+    add("--size", type=int, metavar="PIXELS", help="height and width to distil at (default: the teacher's own)")
+    add("--iterations", type=int, default=400, help="updates of the student (default %(default)s)")
+    add("--batch-size", type=int, default=16, help="default %(default)s")
+    add("--fake-updates", type=int, default=2, help="of the fake, for one of the student (default %(default)s)")
+    add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student (default %(default)s)")
+    add("--lr", type=float, default=2e-4, help="the student's learning rate at its highest (default %(default)s)")
+    add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator (default %(default)s)")
+    add("--ema", type=float, default=0.98, help="how much of the average of the student's weights an update keeps (default %(default)s)")
+    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--sample-every", type=int, default=100, metavar="N", help="iterations between checkpoints with sample pictures (default %(default)s)")
+    add("--log-every", type=int, default=10, metavar="N", help="iterations averaged in one line of log.jsonl (default %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU, bfloat16 elsewhere)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--compile", action="store_true", help="torch.compile the networks")
     parser.set_defaults(**dict(defaults))
     return parser.parse_args(arguments)
@@ -542,7 +546,7 @@ def main():
     pipeline.size = args.size or pipeline.size
     check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:
-        warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: what guidance it had is spent, and CA has nothing to work with")
+        warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: its guidance is spent, and CA has nothing to work with")
     settings = settings_of(args, pipeline)
     real = encode_images(pipeline, args.images) if args.images else None
     prepare_folder(args)
@@ -551,7 +555,8 @@ def main():
     print(f"""the student is in {out / 'student'}, what it draws in {out / 'samples'}. To sample it:
     python sampler.py "{prompts[0]}" --model {out / 'student'}""")
     if args.prompts is None:
-        print(f"To score it beside its teacher on prompts neither has seen:\n    python tutorials/shapes/evaluate.py --model {args.teacher} {out / 'student'}")
+        print(f"To score it beside its teacher on prompts neither has seen:\n"
+              f"    python tutorials/shapes/evaluate.py --model tutorials/shapes/teacher {out / 'student'}")
 
 
 if __name__ == "__main__":
