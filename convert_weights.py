@@ -501,7 +501,7 @@ def convert(source, target, to="ours", dtype=None):
 
 
 def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=torch.bfloat16, **settings):
-    """Writes three modules and a tokenizers.Tokenizer in our layout, replacing a checkpoint already in `path`.
+    """Writes three modules and a tokenizers.Tokenizer in our layout, replacing a checkpoint already in `path`; the VAE in its own dtype.
 
     `settings`: the "steps", "guidance" and "size" (pixels) the model is meant to be sampled with; of a distilled
     student the "trained_steps".
@@ -510,7 +510,7 @@ def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=torch.bf
     with written_whole(path, replace=True) as folder:
         for network, module in networks.items():
             state = module.state_dict()
-            write_safetensors(folder / f"{network}.safetensors", {name: (t.shape, dtype) for name, t in state.items()},
+            write_safetensors(folder / f"{network}.safetensors", {name: (t.shape, t.dtype if network == "vae" else dtype) for name, t in state.items()},
                               ((name, 0, t) for name, t in state.items()))
         tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "config.json", {**{network: dataclasses.asdict(module.config) for network, module in networks.items()},

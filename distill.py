@@ -28,13 +28,15 @@ import copy
 import json
 import math
 import os
+import pickle
+import shlex
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -98,7 +100,8 @@ def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalise=Tru
 
 @torch.no_grad()
 def shared_call(teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca):
-    """The teacher's three passes for both terms in one call -> two nets that know the answers, one for each term."""
+    """The teacher's three passes for both terms in one call -> two nets that know the answers, one for each term, which must
+    then be given this very x, tau and noise."""
     x_dm, x_ca = renoise(x, tau_dm, noise_dm), renoise(x, tau_ca, noise_ca)
     v = teacher(torch.cat((x_dm, x_ca, x_ca)), torch.cat((tau_dm, tau_ca, tau_ca)), join(text, text, null_text, batch=len(x)))
     return lambda *_: v[:len(x)], lambda *_: v[len(x):]
@@ -155,9 +158,10 @@ def backward_simulation(student, noise, text, times, step):
 
 
 def training_step(players, text, null_text, noise, settings, generator=None, train_student=True):
-    """One update of the student from `noise` (B, ...), then those of fake and discriminator -> {name: number} for the log.
+    """One update of the student from `noise` (B, ...), then those of fake or discriminator -> {name: number} for the log.
 
     train_student False: the others only learn what the student makes now. Every draw is made on the CPU by `generator`.
+    The fake learns at the times at which DM asks it; the paper has U(0, 1) for it, the same for all schedules but "constrained".
     """
     p, s, times = players, settings, time_schedule(settings.steps, settings.shift)
     fresh = lambda: torch.randn(noise.shape, generator=generator, dtype=noise.dtype).to(noise.device)
@@ -171,30 +175,32 @@ def training_step(players, text, null_text, noise, settings, generator=None, tra
         tau_dm, tau_ca = sample_tau(s.schedule, t, s.shift, generator)
         noise_dm = fresh()
         noise_ca = noise_dm if s.schedule == "coupled" else fresh()
-        dm, ca, teacher_dm, teacher_ca = torch.zeros_like(x), torch.zeros_like(x), p.teacher, p.teacher
+        dm, ca = torch.zeros_like(x), torch.zeros_like(x)
+        for_dm = for_ca = p.teacher
         if s.shield == "dm" and s.alpha != 1:
-            teacher_dm, teacher_ca = shared_call(p.teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca)
+            for_dm, for_ca = shared_call(p.teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca)
         if s.shield == "dm":
-            dm = distribution_matching(teacher_dm, p.fake, x, tau_dm, text, noise_dm, s.normalise)
+            dm = distribution_matching(for_dm, p.fake, x, tau_dm, text, noise_dm, s.normalise)
         if s.alpha != 1:
-            ca = cfg_augmentation(teacher_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
+            ca = cfg_augmentation(for_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
         loss = proxy_loss(x, dm + ca)
         if s.shield == "meanvar":
-            loss = loss + s.shield_weight * mean_variance_kl(x, p.real.mean(), p.real.var())
+            loss = loss + s.weight() * mean_variance_kl(x, p.real.mean(), p.real.flatten(1).var(1, correction=0).mean())
         if s.shield == "gan":
-            loss = loss + s.shield_weight * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
+            loss = loss + s.weight() * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
         update(loss, p.student_optimizer, s.clip)
         figures |= {"loss": loss, "dm_rms": dm.square().mean().sqrt(), "ca_rms": ca.square().mean().sqrt(),
                     "cosine": F.cosine_similarity(dm.flatten(), ca.flatten(), dim=0)}
 
-    for _ in range(s.fake_updates if p.fake is not None else 0):
-        tau, _ = sample_tau(s.schedule, t, s.shift, generator)                  # where DM will ask the fake
-        figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
-        update(figures["fake_loss"], p.fake_optimizer, s.clip)
-    if s.shield == "gan":
-        real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
-        figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
-        update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
+    for _ in range(s.fake_updates):
+        if p.fake is not None:
+            tau, _ = sample_tau(s.schedule, t, s.shift, generator)              # where DM will ask it
+            figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
+            update(figures["fake_loss"], p.fake_optimizer, s.clip)
+        if p.discriminator is not None:
+            real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
+            figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
+            update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
     return {name: value.item() for name, value in figures.items()}
 
 
@@ -207,13 +213,19 @@ class Settings:
     steps: int = 4               # of the student
     alpha: float = 2.0           # guidance scale of the spear; 1 is none
     shield: str = "dm"           # dm, meanvar, gan or none
-    shield_weight: float = 1.0   # of meanvar and gan
-    r1: float = 0.01             # gradient penalty of the discriminator; at 1 it never learned anything here
+    shield_weight: float | None = None   # of meanvar and gan; None: SHIELD_WEIGHT
+    r1: float = 0.01             # gradient penalty of the discriminator; with 1 it stayed at chance here
     schedule: str = "hybrid"     # where to re-noise: a key of SCHEDULES
     shift: float = 3.0           # of the student's schedule and of every tau
     normalise: bool = True       # each term per item, or raw
-    fake_updates: int = 2        # for one update of the student
+    fake_updates: int = 2        # or the discriminator's, for one update of the student
     clip: float = 1.0            # largest norm of a gradient
+
+    def weight(self):
+        return SHIELD_WEIGHT[self.shield] if self.shield_weight is None else self.shield_weight
+
+
+SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 0.3, "none": 0.0}
 
 
 @dataclass
@@ -254,10 +266,10 @@ def join(*texts, batch):
 def mean_variance_kl(x, mean, var):
     """KL of each item's numbers, taken as one Gaussian, from N(mean, var), averaged over items (Eq. 7): 0 at the target.
 
-    mean, var: numbers; of all of the real data together, as training_step has it.
+    mean, var: numbers, those of real items on average.
     """
     x = x.flatten(1)
-    mu, sigma2 = x.mean(1), x.var(1, correction=0)                              # (B,)
+    mu, sigma2 = x.mean(1), x.var(1, correction=0).clamp(min=1e-6)              # (B,)
     return 0.5 * ((sigma2 + (mu - mean) ** 2) / var - 1 - (sigma2 / var).log()).mean()
 
 
@@ -282,7 +294,7 @@ def generator_loss(discriminator, x, t, null_text, noise):
     return F.softplus(-discriminator(renoise(x, t, noise), t, null_text)).mean()
 
 
-def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=None, r1=0.01, sigma=0.01):
+def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=None, r1=0.01, sigma=0.05):
     """Its own update: softplus(-logit) on real, softplus(logit) on x, both noised alike, and R1 by finite difference:
     how much the logits of real pictures change with a little noise, ((D(real + sigma n) - D(real)) / sigma)^2."""
     real, x = renoise(real, t, noise), renoise(x.detach(), t, noise)
@@ -294,9 +306,8 @@ def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=No
 # --- A run --------------------------------------------------------------------------------------------------
 
 
-WARMUP = 20              # updates over which the student's rate rises; from there it falls linearly to 0 at the last one
-SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 0.3, "none": 0.0}
-SHAPES = Path(__file__).parent / "tutorials" / "shapes"
+WARMUP = 20              # updates over which the student's rate rises
+BUNDLED = Path(__file__).parent / "tutorials" / "shapes"
 
 
 def working_in(net, device, dtype):
@@ -311,93 +322,134 @@ def working_in(net, device, dtype):
 
 
 def adam(net, lr, momentum=0.0):
-    """The student has momentum, because its directions are noisy; those who follow it have none, because it moves on."""
+    """AdamW: with momentum for the student, whose directions are noisy, without for those who have to follow it at once."""
     return torch.optim.AdamW(net.parameters(), lr, betas=(momentum, 0.99), weight_decay=0.0)
 
 
-def cast(pipeline, settings, args, real=None):
+def make_players(pipeline, settings, args, real=None):
     """-> (Players, {name: module or optimizer}): who takes part, and all of it that changes and is saved."""
     teacher = pipeline.dit.requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    parts = {"student": student, "student_optimizer": adam(student, args.lr, momentum=0.9), "average": copy.deepcopy(teacher)}
+    saved = {"student": student, "student_optimizer": adam(student, args.lr, momentum=0.9), "averaged": copy.deepcopy(teacher)}
     work = lambda net: working_in(net, pipeline.device, args.dtype)
-    players = Players(work(teacher), work(student), parts["student_optimizer"], real=real)
+    players = Players(work(teacher), work(student), saved["student_optimizer"], real=real)
     if settings.shield == "dm":
-        fake = parts["fake"] = copy.deepcopy(student)
+        fake = saved["fake"] = copy.deepcopy(student)
         players.fake, players.fake_optimizer = work(fake), adam(fake, args.fake_lr)
-        parts["fake_optimizer"] = players.fake_optimizer
+        saved["fake_optimizer"] = players.fake_optimizer
     if settings.shield == "gan":
         middle = len(teacher.layers) // 2 + 1
         features = work(lambda x, t, text: teacher.features(x, t, text, middle)[0])
-        players.discriminator = parts["discriminator"] = Discriminator(features, teacher.config.dim).to(pipeline.device)
-        players.discriminator_optimizer = parts["discriminator_optimizer"] = adam(players.discriminator, args.fake_lr)
-    if args.compile:
-        for net in {teacher, student, parts.get("fake", student)}:
-            net.compile()
-    return players, parts
+        players.discriminator = saved["discriminator"] = Discriminator(features, teacher.config.dim).to(pipeline.device)
+        players.discriminator_optimizer = saved["discriminator_optimizer"] = adam(players.discriminator, args.fake_lr)
+    if args.compile:                          # dynamic: batches of B, 2B and 3B, captions of any length
+        for net in {teacher, student, saved.get("fake", student)}:
+            net.compile(dynamic=True)
+    return players, saved
 
 
 def distil(pipeline, prompts, settings, args, real=None, watch=None):
-    """Runs the iterations that args asks for, from where args.out stands -> the student: a Pipeline, its weights averaged.
+    """Runs the iterations that args asks for -> the student as a Pipeline, with the running average of its weights.
 
-    Leaves log.jsonl, samples/, student/ and state.pt, which is all that --resume needs, in args.out, an existing folder.
-    real (M, C, h, w): latents of real pictures. watch(iteration, student) is called at every checkpoint.
+    Leaves log.jsonl, samples/, student/ and state.pt in args.out, an existing folder, and goes on from a state.pt that is there.
+    real (M, C, h, w): latents of real pictures. watch(iteration, averaged) is called at every checkpoint.
     """
-    out, device = Path(args.out), pipeline.device
-    players, parts = cast(pipeline, settings, args, real)
-    student = replace(pipeline, dit=parts["average"], shift=settings.shift, steps=settings.steps, trained_steps=settings.steps, guidance=0.0)
-    done, seconds, recent = -args.warmup_fake, 0.0, []    # done: updates of the student; the fake's warm-up counts up to 0
+    out, saved_at = Path(args.out), 0
+    players, saved = make_players(pipeline, settings, args, real)
+    averaged = replace(pipeline, dit=saved["averaged"], shift=settings.shift, steps=settings.steps, trained_steps=settings.steps, guidance=0.0)
+    progress = {"done": -args.warmup_fake, "seconds": 0.0, "recent": []}       # done: updates of the student; warm-up counts up to 0
     if (out / "state.pt").exists():
-        saved = torch.load(out / "state.pt", map_location=device)
-        done, seconds, recent = saved["done"], saved["seconds"], saved["recent"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        lines = [line for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines(True) if json.loads(line)["iteration"] <= done]
-        save_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines), encoding="utf-8"))
-    began, kept = time.perf_counter() - seconds, max(done, 0)
+        progress = read_checkpoint(out, saved)
+        saved_at = progress["done"]
+    began = time.perf_counter() - progress["seconds"]
 
     null_text, shown = encode_prompts(pipeline, [""]), prompts[:16]
     shape = pipeline.dit.config.in_channels, *[pipeline.size // pipeline.vae.config.downsampling] * 2
-    wanted_std = float((generate(pipeline, shown, output="latent") if real is None else real).std())
-    with tqdm(initial=kept, total=args.iterations, desc="distilling", unit="it") as bar:
-        while done < args.iterations:
+    target_std = float((draw(pipeline, shown, args.batch_size, "latent") if real is None else real).std())
+    with tqdm(initial=progress["done"] + args.warmup_fake, total=args.warmup_fake + args.iterations, desc="distilling", unit="it") as bar:
+        for i in range(progress["done"], args.iterations):
             # Every draw of an iteration comes from a generator of its own: a run that goes on is the run that never stopped.
-            generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + done)
-            batch = [prompts[i] for i in torch.randint(len(prompts), (args.batch_size,), generator=generator)]
-            noise = torch.randn(args.batch_size, *shape, generator=generator).to(device)
-            rate = players.student_optimizer.param_groups[0]["lr"] = args.lr * min((done + 1) / WARMUP, 1 - done / args.iterations)
+            generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + i)
+            text = encode_prompts(pipeline, [prompts[j] for j in torch.randint(len(prompts), (args.batch_size,), generator=generator)])
+            noise = torch.randn(args.batch_size, *shape, generator=generator).to(pipeline.device)
+            rate = players.student_optimizer.param_groups[0]["lr"] = learning_rate(i, args)
             try:
-                recent.append(training_step(players, encode_prompts(pipeline, batch), null_text, noise, settings, generator, done >= 0))
+                figures = training_step(players, text, null_text, noise, settings, generator, train_student=i >= 0)
             except FloatingPointError as error:
-                raise UserError(f"{error} in iteration {done + 1}; " + (f"{out / 'student'} is the student after {kept}" if kept else
-                                "there is no checkpoint yet") + "; try a smaller --lr or --alpha") from None
-            done += 1
-            if done <= 0:
-                continue
-            average = min(args.ema, done / (done + 9))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(parts["average"].parameters()), list(parts["student"].parameters()), 1 - average)
+                kept = f"{out / 'student'} is the student after {saved_at}" if saved_at else "there is no checkpoint yet"
+                raise UserError(f"{error} in iteration {i + 1}; {kept}; try a smaller --lr or --alpha") from None
             bar.update()
+            if i < 0:
+                continue
+            done, keep = i + 1, min(args.ema, (i + 1) / (i + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(saved["averaged"].parameters()), list(saved["student"].parameters()), 1 - keep)
+            progress = {"done": done, "seconds": time.perf_counter() - began, "recent": [*progress["recent"], figures]}
             if done % args.log_every == 0 or done == args.iterations:
-                line = {name: sum(f[name] for f in recent if name in f) / sum(name in f for f in recent) for name in recent[-1]}
-                line |= {"dm_ca": line["dm_rms"] / max(line["ca_rms"], 1e-12), "std_ratio": line["x_std"] / wanted_std}
-                line |= {"lr": rate, "fake_lr": args.fake_lr, "seconds": time.perf_counter() - began}
+                line = log_line(progress, target_std, rate, args)
                 with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"iteration": done, **{name: round(value, 6) for name, value in line.items()}}) + "\n")
+                    file.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, std ratio {line['std_ratio']:.2f}")
-                recent = []
+                progress["recent"] = []
             if done % args.sample_every == 0 or done == args.iterations:
-                images = generate(student, shown, output="tensor")
-                save_whole(out / "samples" / f"{done:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
-                save_pipeline(out / "student", student.dit, student.text_encoder, student.vae, student.tokenizer, student.shift,
-                              steps=settings.steps, guidance=0.0, size=student.size, trained_steps=settings.steps)
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"done": done, "recent": recent, "seconds": time.perf_counter() - began}
-                save_whole(out / "state.pt", lambda part: torch.save(state, part))
-                kept = done
+                write_checkpoint(out, averaged, saved, progress, draw(averaged, shown, args.batch_size, "tensor"))
+                saved_at = done
                 if watch:
-                    watch(done, student)
-    return student
+                    watch(done, averaged)
+    return averaged
+
+
+def learning_rate(i, args):
+    """Of the student's update i, from 0: linearly up over WARMUP updates, linearly down to 0 over all of them; the lower of the two."""
+    return args.lr * max(min((i + 1) / WARMUP, 1 - i / args.iterations), 0)
+
+
+def draw(pipeline, prompts, batch, output):
+    """generate, with the model's own settings and image i from seed i, `batch` at a time."""
+    return torch.cat([generate(pipeline, prompts[i:i + batch], seed=i, output=output) for i in range(0, len(prompts), batch)])
+
+
+def log_line(progress, target_std, rate, args):
+    """Means over the iterations since the last line; how large DM is beside CA; the outputs' std over that of teacher or data."""
+    recent = progress["recent"]
+    line = {name: sum(figures[name] for figures in recent) / len(recent) for name in recent[0]}
+    if line["ca_rms"]:
+        line["dm_over_ca"] = line["dm_rms"] / line["ca_rms"]
+    line |= {"std_ratio": line["x_std"] / target_std, "lr": rate, "fake_lr": args.fake_lr, "seconds": progress["seconds"]}
+    return {"iteration": progress["done"], **{name: float(f"{value:.6g}") for name, value in line.items()}}
+
+
+def write_checkpoint(out, averaged, saved, progress, images):
+    """samples/, student/, then state.pt, each whole or not at all."""
+    save_whole(out / "samples" / f"{progress['done']:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
+    save_pipeline(out / "student", averaged.dit, averaged.text_encoder, averaged.vae, averaged.tokenizer, averaged.shift,
+                  steps=averaged.steps, guidance=0.0, size=averaged.size, trained_steps=averaged.steps)
+    state = {name: part.state_dict() for name, part in saved.items()} | {"progress": progress}
+    save_whole(out / "state.pt", lambda part: torch.save(state, part))
+
+
+def read_checkpoint(out, saved):
+    """Puts state.pt into modules and optimizers, takes lines after it out of log.jsonl -> progress."""
+    try:
+        state = torch.load(out / "state.pt", map_location="cpu")
+        for name, part in saved.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{out / 'state.pt'} is damaged, or of another kind of run; begin again with --overwrite") from None
+    lines = [json.dumps(line) + "\n" for line in read_log(out / "log.jsonl") if line["iteration"] <= state["progress"]["done"]]
+    save_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    return state["progress"]
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts, without a last one that was cut off."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def picture_grid(images, columns=8):
@@ -409,10 +461,14 @@ def picture_grid(images, columns=8):
 
 def save_whole(path, write):
     """write(part), then renamed to `path`: whatever happens, the old file or the new one is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -431,34 +487,34 @@ def encode_images(pipeline, folder):
                           for file in tqdm(files, "encoding images", leave=False)])
 
 
-RUN_FILES = ("config.json", "log.jsonl", "samples", "student", "state.pt")
-FREE = {"iterations", "sample_every", "log_every", "device", "compile", "resume", "overwrite"}   # may change when a run goes on
+RUN_FILES = ("log.jsonl", "samples", "student", "state.pt", "config.json")       # the last one says that it is a run
+FREE = ("out", "iterations", "sample_every", "log_every", "device", "compile")     # what --resume may change
 
 
 def parse_arguments(arguments=None, defaults=()):
     """`defaults`: {option: value} that take the place of those below."""
     parser = argparse.ArgumentParser(description="Distil a few-step student from a many-step teacher with Decoupled DMD.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--teacher", metavar="DIR", default=str(SHAPES / "teacher"), help="checkpoint directory, official layout or ours, of an undistilled "
+    add, usual = parser.add_argument, Settings()
+    add("--teacher", metavar="DIR", default=str(BUNDLED / "teacher"), help="checkpoint directory, official layout or ours, of an undistilled "
         "model (default: the bundled one)")
     add("--prompts", metavar="FILE", help="one prompt a line, UTF-8 (default: those of the bundled teacher)")
     add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves (default %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--overwrite", action="store_true", help="remove the run in --out and start again")
-    add("--steps", type=int, default=4, help="of the student: 1, 2, 4, 8 (default %(default)s)")
-    add("--alpha", type=float, default=2.0, help="guidance scale of the CA term, the spear; 1 is none (default %(default)s)")
-    add("--shield", choices=list(SHIELD_WEIGHT), default="dm", help="what holds the spear in check (default %(default)s)")
+    add("--steps", type=int, default=usual.steps, help="of the student: 1, 2, 4, 8 (default %(default)s)")
+    add("--alpha", type=float, default=usual.alpha, help="guidance scale of the CA term, the spear; 1 is none (default %(default)s)")
+    add("--shield", choices=list(SHIELD_WEIGHT), default=usual.shield, help="what holds the spear in check (default %(default)s)")
     add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.3)")
-    add("--schedule", choices=list(SCHEDULES), default="hybrid", help="which times the two terms re-noise to (default %(default)s)")
+    add("--schedule", choices=list(SCHEDULES), default=usual.schedule, help="which times the two terms re-noise to (default %(default)s)")
     add("--raw", action="store_true", help="terms as they are, not normalised item by item")
-    add("--images", metavar="DIR", help="real pictures, which the shields meanvar and gan need")
+    add("--images", metavar="DIR", help="real pictures; the shields meanvar and gan need them")
     add("--shift", type=float, help="of the student's times and of every re-noising time (default: the teacher's)")
     add("--size", type=int, metavar="PIXELS", help="height and width to distil at (default: the teacher's own)")
     add("--iterations", type=int, default=400, help="updates of the student (default %(default)s)")
     add("--batch-size", type=int, default=16, help="default %(default)s")
-    add("--fake-updates", type=int, default=2, help="of the fake, for one of the student (default %(default)s)")
+    add("--fake-updates", type=int, default=usual.fake_updates, help="of fake or discriminator, for one of the student (default %(default)s)")
     add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student (default %(default)s)")
-    add("--lr", type=float, default=2e-4, help="the student's learning rate at its highest (default %(default)s)")
+    add("--lr", type=float, default=2e-4, help="the student's learning rate (default %(default)s)")
     add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator (default %(default)s)")
     add("--ema", type=float, default=0.98, help="how much of the average of the student's weights an update keeps (default %(default)s)")
     add("--seed", type=int, default=0, help="default %(default)s")
@@ -466,19 +522,23 @@ def parse_arguments(arguments=None, defaults=()):
     add("--log-every", type=int, default=10, metavar="N", help="iterations averaged in one line of log.jsonl (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU, bfloat16 elsewhere)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks (default: no)")
     parser.set_defaults(**dict(defaults))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name in ("teacher", "prompts", "images"):             # a run may be resumed from elsewhere
+        if getattr(args, name) is not None:
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    return args
 
 
 def check(args):
     """UserError for options that make no sense."""
-    whole = {"steps": 1, "iterations": 1, "batch_size": 1, "fake_updates": 1, "warmup_fake": 0, "sample_every": 1, "log_every": 1, "seed": 0}
+    whole = {"steps": 1, "iterations": 1, "batch_size": 1, "fake_updates": 1, "warmup_fake": 0, "sample_every": 1, "log_every": 1, "size": 1}
     for name, low in whole.items():
-        if getattr(args, name) < low:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} should be at least {low}, not {getattr(args, name)}")
     for name, low, high in (("alpha", 1, math.inf), ("shield_weight", 0, math.inf), ("shift", 0, math.inf), ("lr", 0, math.inf),
-                            ("fake_lr", 0, math.inf), ("ema", 0, 1)):
+                            ("fake_lr", 0, math.inf), ("ema", 0, 1), ("seed", 0, 10 ** 12)):
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} should be a number from {low} to {high}, not {value}")
@@ -486,60 +546,73 @@ def check(args):
         raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
     if args.shield == "none" and args.alpha == 1:
         raise UserError("--shield none with --alpha 1 leaves nothing to learn from: give one of the two terms")
+    if args.shield in ("none", "meanvar") and args.warmup_fake:
+        raise UserError(f"--shield {args.shield} has no fake to warm up: leave out --warmup-fake")
     if args.shield in ("meanvar", "gan") and args.images is None:
         raise UserError(f"--shield {args.shield} needs real pictures: give a folder with --images DIR, or take --shield dm, which needs none")
-    if args.prompts is None and Path(args.teacher).resolve() != (SHAPES / "teacher").resolve():
+    if args.prompts is None and Path(args.teacher) != (BUNDLED / "teacher").resolve():
         raise UserError("a teacher of your own needs prompts of its own: give --prompts FILE, one prompt a line")
 
 
 def settings_of(args, pipeline):
-    """-> Settings; what args leaves to the teacher or the shield is filled in."""
-    args.shift = pipeline.shift if args.shift is None else args.shift
-    args.shield_weight = SHIELD_WEIGHT[args.shield] if args.shield_weight is None else args.shield_weight
-    return Settings(normalise=not args.raw, **{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
+    """-> Settings; a shift that args leaves open is the teacher's."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    settings = Settings(**given | {"shift": pipeline.shift if args.shift is None else args.shift, "normalise": not args.raw})
+    time_schedule(settings.steps, settings.shift)             # UserError for a shift too extreme
+    return settings
+
+
+def read_config(out):
+    """The config.json of a run, or None where `out` is not the folder of one."""
+    try:
+        config = read_json(out / "config.json")
+    except UserError:
+        return None
+    return config if config.get("made_by") == "distill.py" else None
 
 
 def resumed(args):
-    """The options of the run in args.out -> args again, with those as defaults. UserError where the command line has others."""
+    """The options of the run in args.out, and over them those given now. UserError where they would make it another run."""
     out = Path(args.out)
-    if not (out / "state.pt").exists():
-        raise UserError(f"--resume: there is no checkpoint of a run in {out}")
-    saved = {name: value for name, value in read_json(out / "config.json")["options"].items() if name not in FREE}
-    args = parse_arguments(defaults=saved)
-    for name, value in saved.items():
-        if getattr(args, name) != value:
+    config = read_config(out)
+    if config is None or not (out / "state.pt").exists():
+        raise UserError(f"--resume: there is no checkpoint of a run in {out}" + ("; begin again with --overwrite" if config else ""))
+    args = parse_arguments(defaults={name: value for name, value in config["options"].items() if name != "out"})
+    for name, value in config["options"].items():
+        if name not in FREE and getattr(args, name) != value:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {value} in {out}, not {getattr(args, name)}; "
                             "leave it out to go on, or begin a run in another --out")
     return args
 
 
-def prepare_folder(args):
+def prepare_folder(args, settings):
     """Makes args.out the folder of this run, and writes down how to repeat it."""
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / "config.json").exists() or not (out / "log.jsonl").exists():
+        if read_config(out) is None:
             raise UserError(f"--out {out} exists and is not a run of distill.py; name a new directory")
         if not args.overwrite:
-            raise UserError(f"there is a run in {out} already: go on with it by --resume, remove it by --overwrite, or give another --out")
+            go_on = "go on with it by --resume, " if (out / "state.pt").exists() else ""
+            raise UserError(f"there is a run in {out} already: {go_on}remove it by --overwrite, or give another --out")
         for name in RUN_FILES:
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     options = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-    text = json.dumps({"options": options, "torch": torch.__version__}, indent=2) + "\n"
-    save_whole(out / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
+    config = {"made_by": "distill.py", "torch": torch.__version__, "options": options, "settings": asdict(settings)}
+    save_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
     (out / "log.jsonl").touch()
 
 
-@explained()
+@explained("a smaller --batch-size or --size, or --dtype bfloat16")
 def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")     # RMSNorm under autocast, on purpose
     args = parse_arguments()
     if args.resume:
         args = resumed(args)
     check(args)
     device = pick_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    prompts = read_prompts(args.prompts or SHAPES / "prompts.txt")
+    prompts = read_prompts(args.prompts or BUNDLED / "prompts.txt")
     if not prompts:
         raise UserError(f"there is no prompt in {args.prompts}")
     pipeline = load_pipeline(args.teacher, device)
@@ -549,14 +622,14 @@ def main():
         warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: its guidance is spent, and CA has nothing to work with")
     settings = settings_of(args, pipeline)
     real = encode_images(pipeline, args.images) if args.images else None
-    prepare_folder(args)
+    prepare_folder(args, settings)
     distil(pipeline, prompts, settings, args, real)
-    out = Path(args.out)
-    print(f"""the student is in {out / 'student'}, what it draws in {out / 'samples'}. To sample it:
-    python sampler.py "{prompts[0]}" --model {out / 'student'}""")
+    student = shlex.quote(str(Path(args.out) / "student"))
+    print(f"the student is in {student}, beside it samples and log. To sample it:\n"
+          f"    python sampler.py {shlex.quote(prompts[0])} --model {student}")
     if args.prompts is None:
         print(f"To score it beside its teacher on prompts neither has seen:\n"
-              f"    python tutorials/shapes/evaluate.py --model tutorials/shapes/teacher {out / 'student'}")
+              f"    python tutorials/shapes/evaluate.py --model tutorials/shapes/teacher {student}")
 
 
 if __name__ == "__main__":

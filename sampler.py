@@ -380,7 +380,7 @@ def parse_arguments(arguments=None):
 
 
 @contextmanager
-def explained():
+def explained(advice):
     """Turns what PyTorch raises for lack of memory, or of a compiler, into advice."""
     try:
         yield
@@ -390,10 +390,10 @@ def explained():
         lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(lack, str(error)):
             raise
-        raise UserError("out of memory; try --offload (on a GPU), a smaller --size, --batch-size 1 or --dtype bfloat16") from None
+        raise UserError(f"out of memory; try {advice}") from None
 
 
-@explained()
+@explained("--offload (on a GPU), a smaller --size, --batch-size 1 or --dtype bfloat16")
 def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     args = parse_arguments()

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from conftest import TINY, refused, run_here
+from PIL import Image
+from safetensors.torch import load_file
 
 import distill
 import sampler
@@ -153,7 +155,9 @@ def test_gan_losses(nets, draws):
     assert not any(p is q for p in judge.parameters() for q in frozen.parameters())
     real, x = normal(B, D) + 3, x.requires_grad_()
     generator_loss(judge, x, t, null, noise).backward()
-    assert x.grad.abs().max() > 0
+    moved = x.detach() - 0.1 * x.grad / x.grad.abs().max()
+    assert generator_loss(judge, moved, t, null, noise) < generator_loss(judge, x, t, null, noise)
+    assert judge(renoise(moved, t, noise), t, null).mean() > judge(renoise(x, t, noise), t, null).mean()      # to look more real
     x.grad = None
     optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
     times, losses = torch.full((B,), 0.9, dtype=torch.float64), []
@@ -243,11 +247,76 @@ def weights(net):
     return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
+class Recorder(torch.nn.Module):
+    """Passes calls on to a net and keeps what it was asked."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, []
+
+    def forward(self, x, t, text):
+        self.calls.append((x.detach().clone(), t.clone(), text.clone()))
+        return self.net(x, t, text)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_iteration_by_hand(schedule, normalise):
+    """The student's gradient and what the fake is shown, recomputed from the formulas at the top of distill.py and the same draws."""
+    text, null, noise = inputs()
+    alpha, shift, steps = 3.0, 2.0, 3
+    cast, (teacher, student, fake) = players()
+    cast.fake = Recorder(fake)
+    before = Net(2).float()                                  # the student as it was
+    settings = Settings(steps=steps, alpha=alpha, schedule=schedule, shift=shift, normalise=normalise, fake_updates=1, clip=1e9)
+    g = torch.Generator().manual_seed(3)
+    figures = training_step(cast, text, null, noise, settings, torch.Generator().manual_seed(3))
+
+    step, times = int(torch.randint(steps, (), generator=g)), sampler.time_schedule(steps, shift)
+    z = sampler.sample(before, noise, text, times[:step + 1])
+    t = times[step].expand(B)
+    x = z + (1 - t[:, None]) * before(z, t, text)
+    u_dm, u_ca = torch.rand(2, B, generator=g)
+    start = shift_time(t, 1 / shift)
+    shifted = lambda u: u / (u + shift * (1 - u))
+    later = lambda u: shifted(start + (1 - start) * u)
+    tau_dm, tau_ca = {"coupled": (shifted(u_dm), shifted(u_dm)), "full": (shifted(u_dm), shifted(u_ca)),
+                      "constrained": (later(u_dm), later(u_ca)), "hybrid": (shifted(u_dm), later(u_ca))}[schedule]
+    noise_dm = torch.randn(B, D, generator=g)
+    noise_ca = noise_dm if schedule == "coupled" else torch.randn(B, D, generator=g)
+
+    def estimate(net, tau, noise, text):
+        tau = tau[:, None]
+        x_tau = tau * x.detach() + (1 - tau) * noise
+        return (x_tau + (1 - tau) * net(x_tau, tau[:, 0], text)).detach()
+    old_fake = Net(3).float()
+    real, imitated = estimate(teacher, tau_dm, noise_dm, text), estimate(old_fake, tau_dm, noise_dm, text)
+    cond, uncond = estimate(teacher, tau_ca, noise_ca, text), estimate(teacher, tau_ca, noise_ca, null.expand(B, -1))
+    scale = lambda e: (x.detach() - e).abs().mean(1, keepdim=True).clamp(min=0.05) if normalise else 1.0
+    dm, ca = (real - imitated) / scale(real), (alpha - 1) * (cond - uncond) / scale(cond)
+    wanted = torch.autograd.grad((-(dm + ca) / x.numel() * x).sum(), list(before.parameters()))
+    for p, q in zip(student.parameters(), wanted):
+        torch.testing.assert_close(p.grad, q, rtol=1e-3, atol=1e-6)
+    assert figures["dm_rms"] == pytest.approx(dm.square().mean().sqrt().item(), rel=1e-4)
+    assert figures["ca_rms"] == pytest.approx(ca.square().mean().sqrt().item(), rel=1e-4)
+
+    # Two calls of the fake: the one above, and its own update, on the student's output at a time of the same range.
+    (asked, *_), (x_tau, tau, shown) = cast.fake.calls
+    torch.testing.assert_close(asked, tau_dm[:, None] * x.detach() + (1 - tau_dm[:, None]) * noise_dm)
+    u = torch.rand(2, B, generator=g)[0]
+    torch.testing.assert_close(tau, later(u) if schedule == "constrained" else shifted(u))
+    torch.testing.assert_close(x_tau, tau[:, None] * x.detach() + (1 - tau[:, None]) * torch.randn(B, D, generator=g))
+    assert torch.equal(shown, text)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
 def test_gradient_reaches_only_who_learns(schedule, alpha):
     text, null, noise = inputs()
     cast, (teacher, student, fake) = players()
+    assert not distribution_matching(student, fake, noise.requires_grad_(), torch.rand(B), text, noise).requires_grad
+    assert not cfg_augmentation(student, noise, torch.rand(B), text, null, alpha, noise).requires_grad
+    noise = noise.detach()
     settings = Settings(steps=4, alpha=alpha, schedule=schedule, fake_updates=0)
     figures = training_step(cast, text, null, noise, settings, torch.Generator().manual_seed(0))
     assert all(p.grad is None for net in (teacher, fake) for p in net.parameters())
@@ -280,6 +349,15 @@ def test_gan_shield_moves_student_and_discriminator():
     after = weights(student), weights(judge), weights(frozen)
     assert [torch.equal(a, b) for a, b in zip(before, after)] == [False, False, True]
     assert "discriminator_loss" in figures and "fake_loss" not in figures
+
+
+def test_update_clips():
+    for clip, length in ((0.5, 0.5), (1e9, None)):
+        net = Net(1)
+        gradient = torch.autograd.grad(net.layers[0].weight.square().sum(), net.layers[0].weight)[0]
+        distill.update(net.layers[0].weight.square().sum(), torch.optim.SGD(net.parameters(), 0.0), clip)
+        assert net.layers[0].weight.grad.norm() == pytest.approx(length or gradient.norm().item(), rel=1e-4)
+    assert gradient.norm() > 0.5
 
 
 def test_update_forgets_gradient_left_by_others():
@@ -344,7 +422,6 @@ def log_of(out):
 
 
 def tensors_of(out):
-    from safetensors.torch import load_file
     return load_file(out / "student" / "dit.safetensors")
 
 
@@ -356,10 +433,10 @@ def test_a_run_leaves_all_it_promises(command):
     assert [f.name for f in sorted((command.out / "samples").iterdir())] == ["000001.png", "000002.png"]
     log = log_of(command.out)
     assert [line["iteration"] for line in log] == [1, 2]
-    for name in ("loss", "fake_loss", "dm_rms", "ca_rms", "dm_ca", "cosine", "x_mean", "x_std", "std_ratio", "lr", "fake_lr", "seconds"):
+    for name in ("loss", "fake_loss", "dm_rms", "ca_rms", "dm_over_ca", "cosine", "x_mean", "x_std", "std_ratio", "lr", "fake_lr", "seconds"):
         assert isinstance(log[-1][name], float), name
-    options = json.loads((command.out / "config.json").read_text())["options"]
-    assert options["steps"] == 4 and options["shift"] == 3.0 and options["dtype"] == "float32"
+    config = json.loads((command.out / "config.json").read_text())
+    assert config["settings"]["steps"] == 4 and config["settings"]["shift"] == 3.0 and config["options"]["dtype"] == "float32"
 
     student = sampler.load_pipeline(command.out / "student")
     assert (student.steps, student.trained_steps, student.guidance, student.size, student.shift) == (4, 4, 0.0, 32, 3.0)
@@ -369,7 +446,6 @@ def test_a_run_leaves_all_it_promises(command):
 
 @pytest.mark.parametrize("shield", ["dm", "meanvar", "gan", "none"])
 def test_every_shield_runs(command, shield, tmp_path):
-    from PIL import Image
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 60), (90 * i, 40, 200)).save(tmp_path / "images" / f"{i}.png")
@@ -382,27 +458,74 @@ def test_every_shield_runs(command, shield, tmp_path):
     assert any((tensors_of(command.out)[name].float() - value).abs().max() > 0 for name, value in teacher.items())
 
 
-def test_resumed_is_the_same_run(command, monkeypatch):
-    """Cut off after two iterations of four, the run goes on to the same weights and the same log."""
-    assert command("--iterations", 4, "--sample-every", 2).returncode == 0
-    whole, log = tensors_of(command.out), log_of(command.out)
+def test_resumed_is_the_same_run(command, monkeypatch, tmp_path):
+    """Cut off after two iterations of four, then moved and resumed from elsewhere, the run goes on to the same end."""
+    options = ["--iterations", 4, "--sample-every", 2, "--warmup-fake", 2, "--log-every", 3]
+    assert command(*options).returncode == 0
+    whole, log = torch.load(command.out / "state.pt"), log_of(command.out)
     step, calls = distill.training_step, []
 
-    def cut_off(*arguments):
+    def cut_off(*arguments, **others):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return step(*arguments, **others)
     monkeypatch.setattr(distill, "training_step", cut_off)
-    assert command("--iterations", 4, "--sample-every", 2, "--overwrite").returncode == 130
-    assert any(not torch.equal(whole[name], value) for name, value in tensors_of(command.out).items())
-    assert refused(command("--resume", "--alpha", 3), "--alpha", "2.0", "3.0")
-    result = command("--iterations", 4, "--resume")
+    assert command(*options, "--overwrite").returncode == 130
+    assert torch.load(command.out / "state.pt")["progress"]["done"] == 2
+    with open(command.out / "log.jsonl", "a") as file:
+        file.write('{"iterat')                               # as a killed process leaves it
+    moved = command.out.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved.parent)
+    assert refused(run_here(distill.main, "--out", "moved", "--resume", "--alpha", 3), "--alpha", "2.0", "3.0")
+    result = run_here(distill.main, "--out", "./moved/", "--resume")
     assert result.returncode == 0, result.stderr
-    again = tensors_of(command.out)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    for a, b in zip(log, log_of(command.out), strict=True):
+    again = torch.load(moved / "state.pt")
+    for name in ("student", "averaged", "fake"):
+        assert all(torch.equal(whole[name][key], again[name][key]) for key in whole[name]), name
+    for a, b in zip(log, log_of(moved), strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    (moved / "state.pt").write_bytes(b"not a checkpoint")
+    assert refused(run_here(distill.main, "--out", moved, "--resume"), "state.pt")
+
+
+def test_numbers_of_a_run(command, monkeypatch):
+    """Shift, averaged weights, rates, and the std that the outputs' is compared with, are what was asked for."""
+    students = []
+    step = distill.training_step
+    monkeypatch.setattr(distill, "training_step", lambda players, *rest, **options: [
+        step(players, *rest, **options), students.append([p.detach().clone() for p in players.student_optimizer.param_groups[0]["params"]])][0])
+    result = command("--shift", 5, "--ema", 0.5, "--raw", "--schedule", "coupled", "--iterations", 3, "--lr", 1e-7, "--fake-lr", 3e-8, "--steps", 2)
+    assert result.returncode == 0, result.stderr
+    log, config = log_of(command.out), json.loads((command.out / "config.json").read_text())
+    assert config["settings"] | {"shift": 5.0, "normalise": False, "schedule": "coupled", "steps": 2} == config["settings"]
+    assert sampler.load_pipeline(command.out / "student").shift == 5.0
+    assert [line["lr"] for line in log] == pytest.approx([1e-7 * i / distill.WARMUP for i in (1, 2, 3)]) and log[0]["fake_lr"] == 3e-8
+    averaged = [p.clone() for p in sampler.load_pipeline(TINY).dit.parameters()]
+    for i, student in enumerate(students):
+        averaged = [torch.lerp(a, p, 1 - min(0.5, (i + 1) / (i + 10))) for a, p in zip(averaged, student)]
+    state = torch.load(command.out / "state.pt")["averaged"]
+    names = [name for name, _ in sampler.load_pipeline(TINY).dit.named_parameters()]
+    for name, wanted in zip(names, averaged):
+        torch.testing.assert_close(state[name], wanted)
+    teacher = sampler.load_pipeline(TINY)
+    teacher.size = 32
+    wanted = torch.cat([sampler.generate(teacher, p, seed=s, output="latent") for p, s in ((["a cat", "a dog"], 0), (["一只狐狸"], 2))]).std()
+    assert log[-1]["std_ratio"] == pytest.approx(log[-1]["x_std"] / wanted.item(), rel=1e-4)
+    assert distill.learning_rate(390, distill.parse_arguments([])) == pytest.approx(2e-4 * 10 / 400)
+
+
+def test_bfloat16_and_compile_run(command, monkeypatch):
+    """bfloat16 matrix products give about the same first iteration; --compile compiles the three networks."""
+    first = []
+    for dtype in ("float32", "bfloat16"):
+        assert command("--dtype", dtype, "--overwrite", "--iterations", 1).returncode == 0
+        first.append(log_of(command.out)[0])
+    assert first[0]["ca_rms"] != first[1]["ca_rms"] and first[0]["ca_rms"] == pytest.approx(first[1]["ca_rms"], rel=0.1)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **options: compiled.append(options))
+    assert command("--compile", "--overwrite", "--iterations", 1).returncode == 0
+    assert compiled == [{"dynamic": True}] * 3
 
 
 def test_what_is_there_is_kept(command, tmp_path):
@@ -416,7 +539,13 @@ def test_what_is_there_is_kept(command, tmp_path):
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     assert refused(command("--out", mine, "--overwrite"), "mine")
-    assert (mine / "thesis.txt").read_text() == "years of work"
+    (mine / "config.json").write_text('{"model": "mine"}')
+    (mine / "log.jsonl").touch()
+    assert refused(command("--out", mine, "--overwrite"), "mine")
+    assert (mine / "thesis.txt").read_text() == "years of work" and (mine / "config.json").exists()
+    (command.out / "state.pt").unlink()
+    assert refused(command("--resume"), "--overwrite")
+    assert command("--overwrite").returncode == 0
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(command, monkeypatch):
@@ -430,12 +559,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(command, monkeypatc
     monkeypatch.setattr(distill, "training_step", fails_at_third)
     assert refused(command("--iterations", 4, "--sample-every", 2), "not finite", "iteration 3", command.out / "student")
     assert sampler.load_pipeline(command.out / "student").trained_steps == 4
-    assert torch.load(command.out / "state.pt")["done"] == 2
+    assert torch.load(command.out / "state.pt")["progress"]["done"] == 2
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--steps", "0"], ["--steps"]), (["--alpha", "0.5"], ["--alpha"]), (["--alpha", "nan"], ["--alpha"]), (["--lr", "-1"], ["--lr"]),
-    (["--ema", "2"], ["--ema"]), (["--seed", "-1"], ["--seed"]), (["--size", "33"], ["multiple"]), (["--shield", "gan"], ["--images"]),
+    (["--ema", "2"], ["--ema"]), (["--seed", "-1"], ["--seed"]), (["--seed", 10 ** 14], ["--seed"]), (["--shift", "0"], ["shift"]),
+    (["--shield", "none", "--warmup-fake", "5"], ["--warmup-fake"]), (["--size", "0"], ["--size"]), (["--size", "33"], ["multiple"]), (["--shield", "gan"], ["--images"]),
     (["--shield", "meanvar"], ["--images"]), (["--shield", "none", "--alpha", "1"], ["--alpha"]), (["--device", "nowhere"], ["--device"]),
     (["--prompts", "missing.txt"], ["missing.txt"]), (["--teacher", "missing"], ["missing"]),
     (["--shield", "gan", "--images", "missing"], ["missing"])])

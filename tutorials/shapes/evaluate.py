@@ -268,12 +268,12 @@ def main():
     print(table_row("drawings", score(drawings(prompts, args.seed + 2), prompts, real) | diversity(None, 0, 0, drawn=True)))
     rebuilt, psnr = reconstruct(pipelines[0].vae, real)
     print(table_row(f"VAE, {psnr:.1f} dB", score(rebuilt, prompts, real)), flush=True)
-    for pipeline in pipelines:
+    for model, pipeline in zip(args.model, pipelines):
         for steps in args.steps or [pipeline.steps]:
             for guidance in [pipeline.guidance] if args.guidance is None else args.guidance:
                 images = sample_images(pipeline, prompts, steps, guidance, args.seed)
                 row = score(images, prompts, real) | diversity(pipeline, steps, guidance)
-                print(table_row(f"{pipeline.name}, {steps} step{'s' * (steps > 1)}, guidance {guidance:g}", row), flush=True)
+                print(table_row(f"{os.path.relpath(model)}, {steps} step{'s' * (steps > 1)}, guidance {guidance:g}", row), flush=True)
 
 
 if __name__ == "__main__":

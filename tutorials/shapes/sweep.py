@@ -78,7 +78,7 @@ def run_variant(job):
     shutil.rmtree(folder, ignore_errors=True)     # of a run that was cut off
     os.makedirs(folder)
     student = distill.distil(pipeline, prompts, settings, args, real, watch)
-    result, real = {"name": name, "seed": seed, "validation": [c[:2] for c in checkpoints]}, evaluate.drawings(held_out, seed=1)
+    result, real = {"name": name, "seed": seed, "options": more, "validation": [c[:2] for c in checkpoints]}, evaluate.drawings(held_out, seed=1)
     os.remove(os.path.join(folder, "state.pt"))   # large, and no longer needed
     best = max(checkpoints, key=lambda c: c[:2])
     for which, (_, iteration, weights) in (("best", best), ("last", checkpoints[-1])):
@@ -122,16 +122,20 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone: " + "; ".join(VARIANTS))
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="print the table of the results there are, and stop")
-    args, more = parser.parse_known_args()    # the rest are options of distill.py, for every run
+    args, more = parser.parse_known_args()    # the rest are options of distill.py for every run, such as --iterations 300
     path = os.path.join(args.out, "results.jsonl")
     if args.table:
         print(table(read_results(path)))
         return
+    distill.parse_arguments([*BASE, *more])   # a mistake ends here, not in a worker
     names = args.only or list(VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     os.makedirs(args.out, exist_ok=True)
-    done = {(r["name"], r["seed"]) for r in read_results(path)}
+    results = read_results(path)
+    if any(r["options"] != more for r in results):
+        raise UserError(f"{path} holds runs with other options: {' '.join(results[0]['options'])!r}; name another --out")
+    done = {(r["name"], r["seed"]) for r in results}
     jobs = [(name, seed, args.out, more) for seed in args.seeds for name in names if (name, seed) not in done]
     with torch.multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         for result in pool.imap_unordered(run_variant, jobs, chunksize=1):
