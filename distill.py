@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import sys
@@ -436,20 +437,10 @@ def read_checkpoint(out, saved):
             part.load_state_dict(state[name])
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{out / 'state.pt'} is damaged, or of another kind of run; begin again with --overwrite") from None
-    lines = [json.dumps(line) + "\n" for line in read_log(out / "log.jsonl") if line["iteration"] <= state["progress"]["done"]]
+    matches = re.finditer(r'^{"iteration": (\d+),.*\n', (out / "log.jsonl").read_text(encoding="utf-8"), re.M)     # a line cut short is none
+    lines = [match[0] for match in matches if int(match[1]) <= state["progress"]["done"]]
     save_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines), encoding="utf-8"))
     return state["progress"]
-
-
-def read_log(path):
-    """The lines of a log.jsonl as dicts, without a last one that was cut off."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def picture_grid(images, columns=8):

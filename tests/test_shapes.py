@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused, run_here
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "tutorials" / "shapes"
@@ -20,6 +21,7 @@ import convert_weights  # noqa: E402
 import data             # noqa: E402
 import evaluate         # noqa: E402
 import sampler          # noqa: E402
+import sweep            # noqa: E402
 import train            # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
@@ -245,3 +247,24 @@ def test_bundled_teacher():
     assert evaluate.score(images, PROMPTS[:16])["joint"] >= 0.75
     rebuilt, psnr = evaluate.reconstruct(pipeline.vae, evaluate.drawings(PROMPTS, seed=7))
     assert psnr >= 34 and joint(rebuilt) >= 0.99
+
+
+def test_bundled_student():
+    """What sampler.py takes where no model is named: right at its own few steps, without guidance."""
+    assert sampler.pick_model(None) == SHAPES / "student"
+    pipeline = sampler.load_pipeline(SHAPES / "student")
+    assert (pipeline.steps, pipeline.trained_steps, pipeline.guidance) == (4, 4, 0.0)
+    images = evaluate.sample_images(pipeline, PROMPTS[:16], pipeline.steps, pipeline.guidance)
+    assert evaluate.score(images, PROMPTS[:16])["joint"] >= 0.75
+
+
+def test_sweep_table(tmp_path):
+    """Mean and half the range over seeds; best and last apart only where they differ; options that do not exist end the sweep at once."""
+    row = dict.fromkeys(sweep.COLUMNS, 0.5)
+    results = [{"name": "4 steps", "seed": seed, "best": row | {"iteration": 80, "joint": joint}, "last": row | {"iteration": last}}
+               for seed, joint, last in ((0, 0.8, 120), (1, 0.9, 120))]
+    lines = sweep.table(results).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [["| 4 steps, best", "80/80", "0.850 (0.050)"], ["| 4 steps, last", "120/120", "0.500 (0.000)"]]
+    assert run_here(sweep.main, "--out", tmp_path, "--iteratoins", "3").returncode == 2
+    (tmp_path / "results.jsonl").write_text(json.dumps(results[0] | {"options": ["--lr", "1"]}) + "\n")
+    assert refused(run_here(sweep.main, "--out", tmp_path), "options")
