@@ -513,7 +513,8 @@ def parse_arguments(arguments=None, defaults=()):
     add("--log-every", type=int, default=10, metavar="N", help="iterations averaged in one line of log.jsonl (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU, bfloat16 elsewhere)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks (default: no)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks: many minutes before the first "
+        "iteration (default: no)")
     parser.set_defaults(**dict(defaults))
     args = parser.parse_args(arguments)
     for name in ("teacher", "prompts", "images"):             # a run may be resumed from elsewhere
