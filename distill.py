@@ -186,7 +186,7 @@ def training_step(players, text, null_text, noise, settings, generator=None, tra
             ca = cfg_augmentation(for_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
         loss = proxy_loss(x, dm + ca)
         if s.shield == "meanvar":
-            loss = loss + s.weight() * mean_variance_kl(x, p.real.mean(), p.real.flatten(1).var(1, correction=0).mean())
+            loss = loss + s.weight() * mean_variance_kl(x, *p.real_statistics)
         if s.shield == "gan":
             loss = loss + s.weight() * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
         update(loss, p.student_optimizer, s.clip)
@@ -240,6 +240,10 @@ class Players:
     discriminator: Callable | None = None
     discriminator_optimizer: torch.optim.Optimizer | None = None
     real: Tensor | None = None   # (M, ...) real data, for meanvar and gan
+
+    def __post_init__(self):
+        if self.real is not None:             # mean, and variance inside an item
+            self.real_statistics = self.real.mean(), self.real.flatten(1).var(1, correction=0).mean()
 
 
 def update(loss, optimizer, clip):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import distill
 import sampler
 from distill import (SCHEDULES, Discriminator, Players, Settings, backward_simulation, cfg_augmentation, data_estimate, discriminator_loss,
-                     distribution_matching, fake_loss, generator_loss, join, mean_variance_kl, proxy_loss, renoise, sample_tau, shared_call,
+                     distribution_matching, generator_loss, join, mean_variance_kl, proxy_loss, renoise, sample_tau, shared_call,
                      shift_time, training_step)
 from model import Text
 
@@ -565,7 +565,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(command, monkeypatc
 @pytest.mark.parametrize("arguments, words", [
     (["--steps", "0"], ["--steps"]), (["--alpha", "0.5"], ["--alpha"]), (["--alpha", "nan"], ["--alpha"]), (["--lr", "-1"], ["--lr"]),
     (["--ema", "2"], ["--ema"]), (["--seed", "-1"], ["--seed"]), (["--seed", 10 ** 14], ["--seed"]), (["--shift", "0"], ["shift"]),
-    (["--shield", "none", "--warmup-fake", "5"], ["--warmup-fake"]), (["--size", "0"], ["--size"]), (["--size", "33"], ["multiple"]), (["--shield", "gan"], ["--images"]),
+    (["--shield", "none", "--warmup-fake", "5"], ["--warmup-fake"]), (["--size", "0"], ["--size"]),
+    (["--size", "33"], ["multiple"]), (["--shield", "gan"], ["--images"]),
     (["--shield", "meanvar"], ["--images"]), (["--shield", "none", "--alpha", "1"], ["--alpha"]), (["--device", "nowhere"], ["--device"]),
     (["--prompts", "missing.txt"], ["missing.txt"]), (["--teacher", "missing"], ["missing"]),
     (["--shield", "gan", "--images", "missing"], ["missing"])])

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from distill import Discriminator, Players, Settings, backward_simulation, renoise, shift_time, training_step
-from sampler import sample, time_schedule
+from sampler import time_schedule
 
 CLASSES, PARTS, SPREAD = 4, 3, 0.25
 NULL = torch.tensor([-1])

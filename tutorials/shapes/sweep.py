@@ -1,6 +1,6 @@
 """The paper's ablations on the shapes world: distils a student for each line of VARIANTS and each seed, and scores them.
 
-    python tutorials/shapes/sweep.py --out runs/sweep --workers 2          some three hours on 2 CPU cores; goes on where it stopped
+    python tutorials/shapes/sweep.py --out runs/sweep --workers 2          an hour and a half on 2 CPU cores; goes on where it stopped
     python tutorials/shapes/sweep.py --out runs/sweep --table              the table of what is there, in markdown
 
 Each student is scored every 40 iterations on 100 prompts kept out of its training; the best iteration by joint accuracy there and
@@ -19,7 +19,6 @@ import torch
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 
-import data                                           # noqa: E402
 import distill                                        # noqa: E402
 import evaluate                                       # noqa: E402
 import sampler                                        # noqa: E402
@@ -48,11 +47,16 @@ VALIDATION = 100          # of the training prompts, the last ones
 REAL = 512                # drawings for the shields that want real pictures
 
 
-def scores(student, prompts, real):
-    """A row of figures for prompts and their drawings: evaluate.score's, and the latents' std over that of the drawings' latents."""
+def scores(student, prompts, real, real_std):
+    """A row of figures for prompts and their drawings: evaluate.score's, and the latents' std over real_std, that of the drawings' latents."""
     latents = evaluate.sample_latents(student, prompts, student.steps, student.guidance)
     row = evaluate.score(evaluate.decode(student.vae, latents), prompts, real)
-    return row | {"std_ratio": float(latents.std() / evaluate.encode(student.vae, real).std())}
+    return row | {"std_ratio": float(latents.std()) / real_std}
+
+
+def with_std(vae, real):
+    """Drawings -> (drawings, std of their latents), the last two arguments of scores."""
+    return real, float(evaluate.encode(vae, real).std())
 
 
 def run_variant(job):
@@ -69,16 +73,17 @@ def run_variant(job):
     real = None
     if settings.shield in ("meanvar", "gan"):
         real = evaluate.encode(pipeline.vae, evaluate.drawings(prompts[:REAL], seed=3))
-    validation_real, checkpoints = evaluate.drawings(validation, seed=1), []
+    validation_real, checkpoints = with_std(pipeline.vae, evaluate.drawings(validation, seed=1)), []
 
     def watch(iteration, student):
-        row = scores(student, validation, validation_real)
+        row = scores(student, validation, *validation_real)
         checkpoints.append((row["joint"], iteration, copy.deepcopy(student.dit.state_dict())))
 
     shutil.rmtree(folder, ignore_errors=True)     # of a run that was cut off
     os.makedirs(folder)
     student = distill.distil(pipeline, prompts, settings, args, real, watch)
-    result, real = {"name": name, "seed": seed, "options": more, "validation": [c[:2] for c in checkpoints]}, evaluate.drawings(held_out, seed=1)
+    result = {"name": name, "seed": seed, "options": more, "validation": [c[:2] for c in checkpoints]}
+    held_out_real = with_std(pipeline.vae, evaluate.drawings(held_out, seed=1))
     os.remove(os.path.join(folder, "state.pt"))   # large, and no longer needed
     best = max(checkpoints, key=lambda c: c[:2])
     for which, (_, iteration, weights) in (("best", best), ("last", checkpoints[-1])):
@@ -86,7 +91,7 @@ def run_variant(job):
             result["last"] = result["best"]
             continue
         student.dit.load_state_dict(weights)
-        row = scores(student, held_out, real) | evaluate.diversity(student, student.steps, student.guidance)
+        row = scores(student, held_out, *held_out_real) | evaluate.diversity(student, student.steps, student.guidance)
         result[which] = {"iteration": iteration, **row}
     return result
 
