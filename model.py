@@ -37,7 +37,7 @@ class Text(NamedTuple):
 class Context(NamedTuple):
     """All the DiT computes from text and image size alone: made once by `DiT.prepare`, reused at every step."""
     caption: Tensor       # (B, M, dim) refined caption tokens
-    rope: tuple           # (cos, sin), each (B, 1, N + M, d / 2): image tokens first, then caption tokens
+    rope: Tensor          # (B, N + M, 1, d / 2, 2) cos and sin: image tokens first, then caption tokens
     mask: Tensor | None   # (B, 1, 1, N + M), true = attend; None where nothing needs masking
 
 
@@ -45,17 +45,54 @@ class Context(NamedTuple):
 
 
 def rotate_pairs(x, rope):
-    """Rotary embedding of neighbouring pairs (2i, 2i + 1), the DiT's: as complex numbers x * exp(i * angle), in reals."""
-    cos, sin = rope                                          # (B, 1, S, d/2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)       # (B, H, S, d/2)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)  # (B, H, S, d)
+    """Rotary embedding of neighbouring pairs (2i, 2i + 1), the DiT's: each pair a complex number times exp(i * angle)."""
+    pairs = x.unflatten(-1, (-1, 2))                                            # (B, S, H, d/2, 2)
+    if torch.compiler.is_compiling():                        # compilers fuse real numbers and know no complex ones
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)).flatten(-2)
 
 
 def rotate_halves(x, rope):
     """Rotary embedding of pairs (i, i + d/2), Qwen's."""
-    cos, sin = rope                                          # (L, d/2)
-    a, b = x.float().chunk(2, -1)                            # (B, H, L, d/2)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)                # (B, H, L, d)
+    (a, b), (cos, sin) = x.chunk(2, -1), rope.unbind(-1)                        # (B, S, H, d/2), (B, S, 1, d/2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)                # (B, S, H, d)
+
+
+def plain_cpu(x):
+    """Whether x is on a CPU with nobody looking on: no gradient, no autocast, no compiler. There we may pick kernels ourselves."""
+    return x.is_cpu and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt(d)) v, all (B, H, S, d); mask true = attend.
+
+    PyTorch's fused kernel for CPUs multiplies bfloat16 as slowly as float32. Matrix products do not, so there they are
+    spelt out, for as many heads at a time as have about two million scores, which stay in the cache.
+    """
+    if causal or q.dtype != torch.bfloat16 or not plain_cpu(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    out = torch.empty_like(q)
+    at_once = max(1, 2_000_000 // (len(q) * q.shape[2] * k.shape[2]))
+    for q, k, v, o in zip(*(tensor.split(at_once, 1) for tensor in (q * q.shape[-1] ** -0.5, k, v, out))):
+        scores = q @ k.transpose(-1, -2)                                        # (B, some H, S, S)
+        if mask is not None:
+            scores.masked_fill_(~mask, -math.inf)
+        o.copy_(torch.softmax(scores, -1, out=scores) @ v)
+    return out
+
+
+class Linear(nn.Linear):
+    """x W^T, without bias."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        if x.dtype == torch.float32 and plain_cpu(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            # oneDNN, which torch.compile uses, too: twice as fast as MKL, F.linear's choice, on AMD processors.
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x, self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -63,8 +100,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w13 = Linear(dim, 2 * hidden)
+        self.w2 = Linear(hidden, dim)
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, -1)                  # (B, S, hidden) each
@@ -81,21 +118,21 @@ class Attention(nn.Module):
         super().__init__()
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-        self.split = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        self.head_dim, self.groups, self.rotate = head_dim, heads // kv_heads, rotate
-        self.qkv = nn.Linear(dim, sum(self.split), bias=False)
+        self.heads, self.kv_heads, self.head_dim, self.eps, self.rotate = heads, kv_heads, head_dim, eps, rotate
+        self.qkv = Linear(dim, (heads + 2 * kv_heads) * head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps)
         self.norm_k = nn.RMSNorm(head_dim, eps)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.out = Linear(heads * head_dim, dim)
 
     def forward(self, x, rope, mask=None, causal=False):
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, H, S, d)
-                   for part in self.qkv(x).split(self.split, -1))
-        q, k = self.rotate(self.norm_q(q), rope), self.rotate(self.norm_k(k), rope)
-        if self.groups > 1:
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(x.transpose(1, 2).flatten(2))                           # (B, S, dim)
+        h, kv = self.heads, self.kv_heads
+        qk, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((h + kv, kv), 2)          # (B, S, H, d)
+        scale = torch.cat((self.norm_q.weight.expand(h, -1), self.norm_k.weight.expand(kv, -1)))
+        qk = self.rotate(F.rms_norm(qk.float(), qk.shape[-1:], eps=self.eps) * scale, rope).type_as(v)   # both in one go
+        q, k, v = (part.transpose(1, 2) for part in (*qk.split((h, kv), 2), v))                # (B, H, S, d)
+        if h > kv:
+            k, v = k.repeat_interleave(h // kv, 1), v.repeat_interleave(h // kv, 1)
+        return self.out(attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))              # (B, S, dim)
 
 
 # --- Text encoder: Qwen3, all but its last layer ------------------------------------------------------------
@@ -153,8 +190,8 @@ class TextEncoder(nn.Module):
     def forward(self, ids, lengths):
         x = self.embed_tokens(ids)                                              # (B, L, D)
         positions = torch.arange(ids.shape[1], device=ids.device)
-        angles = positions[:, None] * self.frequencies().to(x.device)           # (L, d/2), float32
-        rope = angles.cos(), angles.sin()
+        angles = positions[:, None, None] * self.frequencies().to(x.device)     # (L, 1, d/2), float32
+        rope = torch.stack((angles.cos(), angles.sin()), -1)
         for layer in self.layers:
             x = layer(x, rope)
         return Text(x.masked_fill((positions >= lengths[:, None]).unsqueeze(-1), 0), lengths)
@@ -238,9 +275,9 @@ class Block(nn.Module):
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         scale_a, gate_a, scale_f, gate_f = self.modulation(c).unsqueeze(1).chunk(4, -1)        # (B, 1, dim) each
         a = self.attention(self.attention_norm1(x) * (1 + scale_a), rope, mask)                # (B, S, dim)
-        x = x + gate_a.tanh() * self.attention_norm2(a)
+        x = torch.addcmul(x, gate_a.tanh(), self.attention_norm2(a))
         f = self.feed_forward(self.ffn_norm1(x) * (1 + scale_f))                               # (B, S, dim)
-        return x + gate_f.tanh() * self.ffn_norm2(f)
+        return torch.addcmul(x, gate_f.tanh(), self.ffn_norm2(f))                              # x + tanh(gate) * norm(f)
 
 
 class FinalLayer(nn.Module):
@@ -282,15 +319,15 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def rope(self, positions):
-        """(cos, sin) of the rotary angles for positions (B, S, 3) = (frame, row, column)."""
+        """cos and sin of the rotary angles for positions (B, S, 3) = (frame, row, column)."""
         angles = []
         for axis, (d, length) in enumerate(zip(self.config.axes_dims, self.config.axes_lens)):
             # The official table: float64 on the CPU (some devices have none), then rounded to float32.
             frequencies = self.config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)
             table = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies).float()
             angles.append(table.to(positions.device)[positions[..., axis]])     # (B, S, d/2)
-        angles = torch.cat(angles, -1).unsqueeze(1)                             # (B, 1, S, head_dim/2)
-        return angles.cos(), angles.sin()
+        angles = torch.cat(angles, -1).unsqueeze(2)                             # (B, S, 1, head_dim/2)
+        return torch.stack((angles.cos(), angles.sin()), -1)                    # (B, S, 1, head_dim/2, 2)
 
     def prepare(self, text, h, w):
         """Text and latent size -> Context: caption tokens through the context refiner, rope tables, mask.
@@ -316,7 +353,7 @@ class DiT(nn.Module):
         at[:, :n, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
         at[:, :n, 2] = torch.arange(columns, device=device).repeat(rows)
         at[:, round_up(n):, 0] = 1 + index
-        cos, sin = self.rope(at)
+        rope = self.rope(at)
 
         # A mask keeps the fastest attention kernels away: only a ragged batch gets one. To see which it is means
         # reading numbers back from the device, cheap here, once per prompt. A compiled graph cannot branch on
@@ -325,24 +362,24 @@ class DiT(nn.Module):
         if torch.compiler.is_compiling() or bool((padded < m).any()):
             mask = F.pad(index < padded[:, None], (round_up(n), 0), value=True)[:, None, None]  # (B, 1, 1, S)
         for block in self.context_refiner:
-            caption = block(caption, (cos[:, :, -m:], sin[:, :, -m:]), None if mask is None else mask[..., -m:])
-        return Context(caption, (cos, sin), mask)
+            caption = block(caption, rope[:, -m:], None if mask is None else mask[..., -m:])
+        return Context(caption, rope, mask)
 
     def features(self, x, t, text, depth=None):
         """Image tokens (B, N, dim) after the first `depth` joint layers (None: all), and the time embedding."""
         b, _, h, w = x.shape
-        caption, (cos, sin), mask = text if isinstance(text, Context) else self.prepare(text, h, w)
+        caption, rope, mask = text if isinstance(text, Context) else self.prepare(text, h, w)
         c = self.t_embedder(t)                                                  # (B, min(dim, 256))
 
         image = self.x_embedder(patchify(x).to(self.x_embedder.weight.dtype))               # (B, N, dim)
         n, padding = image.shape[1], -image.shape[1] % PAD_TO
         image = torch.cat((image, self.x_pad_token.expand(b, padding, -1)), 1)                 # (B, N padded, dim)
         for block in self.noise_refiner:
-            image = block(image, (cos[:, :, :n + padding], sin[:, :, :n + padding]), c=c)
+            image = block(image, rope[:, :n + padding], c=c)
 
         z = torch.cat((image, caption.expand(b, -1, -1)), 1)                                   # (B, S, dim)
         for block in self.layers[:depth]:
-            z = block(z, (cos, sin), mask, c)
+            z = block(z, rope, mask, c)
         return z[:, :n], c
 
     def forward(self, x, t, text):
