@@ -82,13 +82,36 @@ def attend(q, k, v, mask=None, causal=False):
     return out
 
 
+def quantise(weight):
+    """(rows, columns) -> the same in float8_e4m3, each row divided by its scale, and the scales (rows, 1) float32."""
+    limit = torch.finfo(torch.float8_e4m3fn).max                                # 448
+    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / limit
+    return (weight.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def has_float8_products(device):
+    """Whether the device multiplies float8 matrices with a scale per row: NVIDIA GPUs from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Linear(nn.Linear):
-    """x W^T, without bias."""
+    """x W^T, without bias. After `to_float8`, W has half the size of bfloat16, with a scale for each of its rows."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
+        self.register_buffer("scale", None)                  # (d_out, 1), of a float8 weight
+
+    def to_float8(self):
+        weight, self.scale = quantise(self.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x):
+        if self.scale is not None:
+            if has_float8_products(x.device) and not (self.in_features % 16 or self.out_features % 16):
+                rows, scale = quantise(x.flatten(0, -2))                        # activations, too
+                y = torch._scaled_mm(rows, self.weight.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype)
+                return y.unflatten(0, x.shape[:-1])
+            return F.linear(x, self.weight.to(x.dtype)) * self.scale.flatten().to(x.dtype)
         if x.dtype == torch.float32 and plain_cpu(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             # oneDNN, which torch.compile uses, too: twice as fast as MKL, F.linear's choice, on AMD processors.
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
@@ -407,13 +430,39 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation whose mean and variance (B, groups, 1) the tiles of one image can share: see in_tiles."""
+    tiles = None      # inside in_tiles: (pixels, mean, variance) of each tile so far
+    shared = None     # mean and variance to use, from an earlier pass
+    core = None       # the part of this tile that no other covers: (first row, last, first column, last) as shares of the height and width
+
+    def forward(self, x):
+        if self.tiles is None:
+            return super().forward(x)
+        grouped, (h, w) = x.unflatten(1, (self.num_groups, -1)), x.shape[-2:]   # (B, groups, C/groups, h, w)
+        top, bottom, left, right = (round(share * side) for share, side in zip(self.core, (h, h, w, w)))
+        core = grouped[..., top:bottom, left:right].flatten(2)
+        variance, mean = torch.var_mean(core, -1, correction=0, keepdim=True)
+        self.tiles.append((core.shape[-1], mean, variance))
+        mean, variance = self.shared or (mean, variance)
+        x = ((grouped.flatten(2) - mean) * (variance + self.eps).rsqrt()).view_as(x)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def share(self):
+        """The mean and variance of all tiles together."""
+        pixels = sum(n for n, _, _ in self.tiles)
+        mean = sum(n * m for n, m, _ in self.tiles) / pixels
+        self.shared = mean, sum(n * (v + (m - mean) ** 2) for n, m, v in self.tiles) / pixels
+        self.tiles = []
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -426,7 +475,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
@@ -479,14 +528,13 @@ class Encoder(nn.Module):
             Level(channels[max(i - 1, 0)], c, config.layers_per_block, groups, "down" if i < len(channels) - 1 else None)
             for i, c in enumerate(channels))
         self.mid_block = MidBlock(channels[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+    def forward(self, x, tile=None):
+        fine = nn.Sequential(self.conv_in, *self.levels[:-1])                   # down to the latents' size
+        x = in_tiles(fine, x, tile, down=2 ** (len(self.levels) - 1)) if tile else fine(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(self.levels[-1](x)))))
 
 
 class Decoder(nn.Module):
@@ -500,20 +548,58 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(channels[max(i - 1, 0)], c, config.layers_per_block + 1, groups, "up" if i < len(channels) - 1 else None)
             for i, c in enumerate(channels))
-        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z, tile=None):
         x = self.mid_block(self.conv_in(z))
-        for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        fine = nn.Sequential(*self.levels, self.norm_out, nn.SiLU(), self.conv_out)
+        return in_tiles(fine, x, tile, up=2 ** (len(self.levels) - 1)) if tile else fine(x)
+
+
+HALO = 8          # latent pixels around a tile: more than its part of the network looks sideways
+PASSES = 2
+
+
+def in_tiles(layers, x, tile, down=1, up=1):
+    """layers(x), worked out tile by tile: x (B, C, h, w) -> (B, C', h * up / down, w * up / down). Memory does not grow with x.
+
+    `tile` is in latent pixels; `down` pixels of x and `up` of the result lie along one of them. Neighbours that a convolution looks at are
+    computed along and cut off. What depends on the whole image are the group norms' statistics: a first pass gathers them from
+    all tiles, the next works with their means.
+    """
+    norms = [module for module in layers.modules() if isinstance(module, GroupNorm)]
+    rows, columns = x.shape[-2] // down, x.shape[-1] // down
+    def cut(start, length):                                  # -> first and last latent pixel of a tile, and of it with its halo
+        return start, min(start + tile, length), max(start - HALO, 0), min(start + tile + HALO, length)
+
+    try:
+        for norm in norms:
+            norm.tiles = []
+        for _ in range(PASSES if max(rows, columns) > tile else 1):
+            bands = []
+            for top, bottom, above, below in (cut(i, rows) for i in range(0, rows, tile)):
+                band = []
+                for left, right, before, after in (cut(j, columns) for j in range(0, columns, tile)):
+                    for norm in norms:
+                        h, w = below - above, after - before
+                        norm.core = (top - above) / h, (bottom - above) / h, (left - before) / w, (right - before) / w
+                    part = layers(x[..., above * down:below * down, before * down:after * down])
+                    band.append(part[..., (top - above) * up:(bottom - above) * up, (left - before) * up:(right - before) * up])
+                bands.append(torch.cat(band, -1))
+            for norm in norms:
+                norm.share()
+    finally:
+        for norm in norms:
+            norm.tiles = norm.shared = None
+    return torch.cat(bands, -2)
 
 
 class VAE(nn.Module):
     """AutoencoderKL without quant convolutions. Images are (B, 3, H, W) in [-1, 1], latents (B, C, H/8, W/8).
 
     Latents on the outside are what the DiT works on: (z - shift_factor) * scaling_factor, about unit variance.
+    `tile`: side in latent pixels of the tiles to work in, for images that are large for the memory there is; None: all at once.
     """
 
     def __init__(self, config):
@@ -521,18 +607,18 @@ class VAE(nn.Module):
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
-    def moments(self, image):
+    def moments(self, image, tile=None):
         """image -> mean and log variance of z, before shift and scale, each (B, C, h, w)."""
-        mean, logvar = self.encoder(image).chunk(2, 1)
+        mean, logvar = self.encoder(image, tile).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, image, noise=None):
+    def encode(self, image, noise=None, tile=None):
         """image -> latents: of the posterior's mean, or of a sample from it where `noise` (B, C, h, w) is given."""
-        z, logvar = self.moments(image)
+        z, logvar = self.moments(image, tile)
         if noise is not None:
             z = z + (0.5 * logvar).exp() * noise
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents):
+    def decode(self, latents, tile=None):
         """latents -> image, nominally in [-1, 1]; the network may overshoot a little."""
-        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor, tile)
