@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig
+from model import VAE, DiT, DiTConfig, Linear, TextEncoder, TextEncoderConfig, VAEConfig, quantise
 
 
 class UserError(Exception):
@@ -330,22 +330,29 @@ def read_piece(stored, piece):
         return file.get_tensor(entry.name) if stored.official else file.get_slice(entry.name)[rows]
 
 
-def load(network, path, device="cpu", dtype=torch.float32):
-    """A network from disk, in eval mode. Peak memory: the weights in `dtype` and one stored tensor."""
+def load(network, path, device="cpu", dtype=torch.float32, float8=False):
+    """A network from disk, in eval mode; `float8`: its Linear weights in float8. Peak memory: the weights and one stored tensor."""
     stored = open_network(network, path)
     module_type, _ = NETWORKS[network]
     with torch.device("meta"):
         module = module_type(stored.config)
-    weights = {name: torch.empty(t.shape, dtype=dtype, device=device) for name, t in module.state_dict().items()}
+        for layer in module.modules():
+            if float8 and isinstance(layer, Linear):
+                layer.to_float8()
+    kept = {name for name, t in module.state_dict().items() if t.dtype == torch.float8_e4m3fn or name.endswith(".scale")}
+    weights = {name: torch.empty(t.shape, dtype=t.dtype if name in kept else dtype, device=device) for name, t in module.state_dict().items()}
     for piece in tqdm([p for p in stored.pieces if p.needed], desc=f"loading {network}", leave=False, delay=1):
-        weights[piece.ours][piece.start:piece.start + piece.shape[0]].copy_(read_piece(stored, piece))
+        name, rows, tensor = piece.ours, slice(piece.start, piece.start + piece.shape[0]), read_piece(stored, piece)
+        if name in kept:
+            tensor, weights[name.replace(".weight", ".scale")][rows] = quantise(tensor.to(device))
+        weights[name][rows].copy_(tensor)
     module.load_state_dict(weights, assign=True)
     return module.eval()
 
 
-def load_dit(path, device="cpu", dtype=torch.float32):
-    """The DiT of a component folder (official: DIR/transformer) or of a directory in our layout."""
-    return load("dit", path, device, dtype)
+def load_dit(path, device="cpu", dtype=torch.float32, float8=False):
+    """The DiT of a component folder (official: DIR/transformer) or of a directory in our layout; `float8`: its blocks' weights in float8."""
+    return load("dit", path, device, dtype, float8)
 
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
@@ -565,7 +572,7 @@ def main():
     parser.add_argument("--to", choices=["ours", "official"], default="ours", help="layout of DST (default: ours)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of DiT and text encoder (default: as stored)")
     parser.add_argument("--check", metavar="DIR", help="compare a downloaded Turbo release with the official MD5 list")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()       # options may stand between SRC and DST
     if args.check is not None:
         results = check_release(args.check)
         for name, state in results:

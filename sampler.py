@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from convert_weights import UserError, load_dit, load_text_encoder, load_tokenizer, load_vae, open_checkpoint, open_network, run_command
@@ -31,6 +32,9 @@ from model import PATCH, VAE, DiT, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's chat template, one user message
 MAX_TOKENS = 512                                                       # with the template; the rest is cut
+TILE = 64                                                              # side of the VAE's tiles in latent pixels: 512 pixels
+ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+             "math": SDPBackend.MATH}
 BUNDLED = [Path(__file__).parent / "tutorials" / "shapes" / name for name in ("student", "teacher")]
 
 
@@ -48,7 +52,9 @@ class Pipeline:
     trained_steps: int | None = None   # of a distilled student: the only number of steps it knows
     name: str = ""
     device: torch.device = torch.device("cpu")
-    offload: bool = False   # networks stay on the CPU and visit the device to work
+    offload: str | None = None         # "networks" stay on the CPU and visit the device to work; or their "blocks" do, one by one
+    tile: bool | None = None           # whether the VAE works in tiles; None: for images above 2 megapixels
+    attention: str | None = None       # the DiT's attention kernel, of ATTENTION; None: what PyTorch picks
 
     @property
     def pixel_multiple(self):
@@ -56,8 +62,13 @@ class Pipeline:
         return PATCH * self.vae.config.downsampling
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32, offload=False):
-    """Loads a checkpoint directory, official layout or ours. `dtype` is that of text encoder and DiT; the VAE runs in float32."""
+def load_pipeline(path, device="cpu", dtype=torch.float32, offload=None, weights=None):
+    """Loads a checkpoint directory, official layout or ours. `dtype` is that of text encoder and DiT; the VAE runs in float32.
+
+    weights "fp8": those of the DiT's blocks in float8. offload: None, "networks" or "blocks", as in Pipeline.
+    """
+    if offload not in (None, "networks", "blocks") or weights not in (None, "fp8"):
+        raise UserError(f'offload should be None, "networks" or "blocks", not {offload!r}; weights None or "fp8", not {weights!r}')
     checkpoint, device = open_checkpoint(path), torch.device(device)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     text_encoder, dit, vae = (open_network(name, checkpoint.folders[name]).config for name in ("text_encoder", "dit", "vae"))
@@ -69,23 +80,89 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, offload=False):
         if not fits:
             raise UserError(f"the parts of {path} do not belong together: {what}")
     home = torch.device("cpu") if offload else device
-    return Pipeline(
+    pipeline = Pipeline(
         tokenizer=tokenizer,
         text_encoder=load_text_encoder(checkpoint.folders["text_encoder"], home, dtype),
-        dit=load_dit(checkpoint.folders["dit"], home, dtype),
+        dit=load_dit(checkpoint.folders["dit"], home, dtype, weights == "fp8"),
         vae=load_vae(checkpoint.folders["vae"], home, torch.float32),
         name=Path(path).resolve().name, device=device, offload=offload, **checkpoint.settings)
+    if offload == "blocks":
+        stream_blocks(pipeline)
+    return pipeline
+
+
+class BlockStream:
+    """Keeps the weights of `blocks`, modules called one after the other, in host memory, and at most two blocks' on the device.
+
+    While one block computes, the next one's weights are copied; on a GPU on a stream of its own, which `pin` (page-locked
+    host memory) lets run beside the computation.
+    """
+
+    def __init__(self, blocks, device, pin=False):
+        self.device, self.copying = device, torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
+        for tensor in itertools.chain(*self.tensors):
+            tensor.data = tensor.data.pin_memory() if pin and self.copying else tensor.data
+        self.host = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        self.here = {}        # block -> its weights on the device
+        self.done = None      # event: the last block lent has been computed
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, i=i: self.lend(i))
+            block.register_forward_hook(lambda *_, i=i: self.take_back(i), always_call=True)
+
+    def copy(self, i):
+        with torch.cuda.stream(self.copying):                                   # on a CPU: does nothing
+            self.here[i] = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in self.host[i]]
+
+    def lend(self, i):
+        if i not in self.here:
+            self.copy(i)
+        if self.copying:
+            torch.cuda.current_stream(self.device).wait_stream(self.copying)
+        for tensor, weights in zip(self.tensors[i], self.here[i]):
+            tensor.data = weights
+
+    def take_back(self, i):
+        """Block i is on its way: wait for the one before it, so that its memory can go to the one after."""
+        for tensor, weights in zip(self.tensors[i], self.host[i]):
+            tensor.data = weights
+        if self.done:
+            self.done.synchronize()
+        self.here.pop(i - 1, None)
+        self.done = torch.cuda.current_stream(self.device).record_event() if self.copying else None
+        if i + 1 < len(self.host):
+            self.copy(i + 1)
+        else:
+            if self.done:
+                self.done.synchronize()
+            self.here.clear()
+
+
+def stream_blocks(pipeline):
+    """Streams encoder layers and DiT blocks. The rest goes to the device, but for the word embeddings: few of their rows are ever needed."""
+    encoder, dit, device = pipeline.text_encoder, pipeline.dit, pipeline.device
+    once, often = [[*encoder.layers], [*dit.context_refiner]], [*dit.noise_refiner, *dit.layers]
+    away = {id(tensor) for part in (*itertools.chain(*once), *often, encoder.embed_tokens) for tensor in (*part.parameters(), *part.buffers())}
+    for tensor in itertools.chain(encoder.parameters(), dit.parameters()):
+        if id(tensor) not in away:
+            tensor.data = tensor.data.to(device)
+    encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: ids[0].cpu())
+    encoder.embed_tokens.register_forward_hook(lambda _, ids, features: features.to(device))
+    for blocks in once:
+        BlockStream(blocks, device)
+    BlockStream(often, device, pin=True)
 
 
 @contextmanager
 def at_work(pipeline, network):
     """Where networks are offloaded, `network` is on the device inside the block, and back on the CPU after it."""
+    visits = pipeline.offload == "networks" or pipeline.offload == "blocks" and network is pipeline.vae
     try:
-        if pipeline.offload:
+        if visits:
             network.to(pipeline.device)
         yield network
     finally:
-        if pipeline.offload:
+        if visits:
             network.to("cpu")
 
 
@@ -214,6 +291,8 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance should be 0 or above, not {guidance}")
     times = time_schedule(steps, shift)
+    in_tiles = pipeline.offload == "blocks" or height * width > 2e6 if pipeline.tile is None else pipeline.tile
+    tile = TILE if in_tiles else None
 
     shape = pipeline.dit.config.in_channels, *(side // pipeline.vae.config.downsampling for side in (height, width))
     first, second = image_noise(shape, range(seed, seed + len(prompts)))
@@ -227,13 +306,13 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
             raise UserError(f"strength {strength} leaves none of {steps} steps; raise one of them")
         image = prepare_image(init_image, height, width) if isinstance(init_image, Image.Image) else init_image
         with at_work(pipeline, pipeline.vae) as vae:                            # one at a time: activations are large
-            latents = torch.cat([vae.encode(image[i % len(image)][None].to(pipeline.device), first[i:i + 1].to(pipeline.device)).cpu()
+            latents = torch.cat([vae.encode(image[i % len(image)][None].to(pipeline.device), first[i:i + 1].to(pipeline.device), tile).cpu()
                                  for i in range(len(prompts))])
         x = times[0] * latents + (1 - times[0]) * (second if noise is None else noise.cpu())
 
     text = encode_prompts(pipeline, prompts if len(set(prompts)) > 1 else prompts[:1])
     negative = encode_prompts(pipeline, [negative_prompt]) if guidance > 0 else None
-    with at_work(pipeline, pipeline.dit) as dit:
+    with at_work(pipeline, pipeline.dit) as dit, sdpa_kernel(ATTENTION[pipeline.attention]) if pipeline.attention else nullcontext():
         latents = sample(dit, x.to(pipeline.device), text, times, guidance, negative, cfg_normalization, cfg_truncation, progress)
     if not latents.isfinite().all():
         dtype = str(dit.x_embedder.weight.dtype).removeprefix("torch.")
@@ -242,7 +321,7 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     if output == "latent":
         return latents
     with at_work(pipeline, pipeline.vae) as vae:                                # one at a time: full-size pictures are large
-        images = torch.cat([vae.decode(x[None]) for x in latents])
+        images = torch.cat([vae.decode(x[None], tile) for x in latents])
     if not images.isfinite().all():
         raise UserError("the decoded image is not finite, so there is no image: the weights of the VAE are damaged")
     images = images.div(2).add(0.5).clamp(0, 1)
@@ -348,9 +427,19 @@ def parse_arguments(arguments=None):
     add("--dtype", choices=["bfloat16", "float32", "float16"], help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--compile", action="store_true", help="torch.compile the DiT: slower start, faster steps")
-    add("--offload", action="store_true", help="keep each network on the device only while it works")
+    add("--offload", nargs="?", const="networks", choices=["networks", "blocks"],
+        help="keep each network on the device only while it works; blocks: each block of one, which needs least memory")
+    add("--weights", choices=["fp8"], help="hold the weights of the DiT's blocks in float8, half of bfloat16's memory")
+    add("--tile", action=argparse.BooleanOptionalAction, help="decode in tiles (default: above 2 megapixels, and with --offload blocks)")
+    add("--attention", choices=[*ATTENTION], help="the DiT's attention kernel (default: what PyTorch picks)")
     add("--upscale", choices=["none", "nearest", "lanczos"], default="lanczos", help="how to enlarge pictures under 256 pixels (default lanczos)")
-    args = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for i, argument in enumerate(arguments):  # "--offload" may stand before a prompt
+        if argument == "--offload" and arguments[i + 1:i + 2] not in (["networks"], ["blocks"]):
+            arguments[i] = "--offload=networks"
+    args = parser.parse_intermixed_args(arguments)
+    if args.offload == "blocks" and args.compile:
+        raise UserError("--compile does not go with --offload blocks, which moves weights at every block")
     if args.size:
         try:
             args.width, args.height = map(int, args.size.lower().split("x"))
@@ -381,26 +470,29 @@ def parse_arguments(arguments=None):
 
 @contextmanager
 def explained(advice):
-    """Turns what PyTorch raises for lack of memory, or of a compiler, into advice."""
+    """Turns what PyTorch raises for lack of memory, of a compiler or of a kernel into advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"torch.compile does not work here, leave out --compile: {str(error).splitlines()[0]}") from None
+        if "No viable backend for scaled_dot_product_attention" in str(error):
+            raise UserError("the chosen attention kernel cannot run here; leave out --attention") from None
         lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(lack, str(error)):
             raise
         raise UserError(f"out of memory; try {advice}") from None
 
 
-@explained("--offload (on a GPU), a smaller --size, --batch-size 1 or --dtype bfloat16")
+@explained("--offload or --offload blocks (on a GPU), --weights fp8, a smaller --size, --batch-size 1 or --dtype bfloat16")
 def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     args = parse_arguments()
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     init_image = read_image(args.init_image) if args.init_image is not None else None
-    pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload)
+    pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload, args.weights)
+    pipeline.tile, pipeline.attention = args.tile, args.attention
     if init_image and not (args.height or args.width):
         args.width, args.height = (max(side // pipeline.pixel_multiple, 1) * pipeline.pixel_multiple for side in init_image.size)
     if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:

@@ -205,7 +205,7 @@ def test_float16_overflow_is_refused(pipeline, monkeypatch):
 @pytest.mark.parametrize("init_image", [None, torch.zeros(1, 3, 32, 32)])
 def test_offload(pipeline, monkeypatch, init_image):
     """Each network is on the device while it works, alone, and the pictures are the same."""
-    away = sampler.Pipeline(**{**vars(pipeline), "offload": True})
+    away = sampler.Pipeline(**{**vars(pipeline), "offload": "networks"})
     moves, names = [], {id(getattr(away, name)): name for name in ("text_encoder", "dit", "vae")}
     for name in names.values():
         network = getattr(away, name)
@@ -224,8 +224,8 @@ def test_offload(pipeline, monkeypatch, init_image):
 def test_load_pipeline_with_offload(monkeypatch):
     loaded = []
     for name in ("load_dit", "load_text_encoder", "load_vae"):
-        monkeypatch.setattr(sampler, name, lambda path, device, dtype: loaded.append((str(device), dtype)))
-    assert sampler.load_pipeline(TINY, "cuda", torch.bfloat16, offload=True).device == torch.device("cuda")
+        monkeypatch.setattr(sampler, name, lambda path, device, dtype, *_: loaded.append((str(device), dtype)))
+    assert sampler.load_pipeline(TINY, "cuda", torch.bfloat16, offload="networks").device == torch.device("cuda")
     assert loaded == [("cpu", torch.bfloat16), ("cpu", torch.bfloat16), ("cpu", torch.float32)]
     loaded.clear()
     assert not sampler.load_pipeline(TINY, "cuda", torch.bfloat16).offload
@@ -239,11 +239,11 @@ def test_rotary_frequencies_stay_float32():
 
 
 def test_log_variance_is_clamped(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.vae.encoder, "forward", lambda image: torch.full((1, 32, 2, 2), 1000.0))
+    monkeypatch.setattr(pipeline.vae.encoder, "forward", lambda *_: torch.full((1, 32, 2, 2), 1000.0))
     assert pipeline.vae.moments(None)[1].unique().tolist() == [20]
 
 
 def test_decoded_pictures_are_finite(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: torch.full((1, 3, 32, 32), float("inf")))
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *_: torch.full((1, 3, 32, 32), float("inf")))
     with pytest.raises(UserError, match="not finite"):
         sampler.generate(pipeline, "a cat", 32, 32, steps=1)
