@@ -49,8 +49,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from convert_weights import UserError, read_json, run_command, save_pipeline
-from model import Text
-from sampler import (check_size, encode_prompts, explained, generate, load_pipeline, pick_device, prepare_image, read_image, read_prompts,
+from model import Text, has_bfloat16_products
+from sampler import (check_size, encode_prompts, explained, generate, keep_freed_memory, load_pipeline, pick_device, prepare_image, read_image, read_prompts,
                      sample, time_schedule)
 
 # --- The two terms ------------------------------------------------------------------------------------------
@@ -608,6 +608,8 @@ def main():
     check(args)
     device = pick_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if device.type == "cpu" and args.dtype == "bfloat16" and not has_bfloat16_products():
+        warnings.warn("this processor multiplies bfloat16 slowly: --dtype float32 takes a fraction of the time")
     prompts = read_prompts(args.prompts or BUNDLED / "prompts.txt")
     if not prompts:
         raise UserError(f"there is no prompt in {args.prompts}")
@@ -616,6 +618,7 @@ def main():
     check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:
         warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: its guidance is spent, and CA has nothing to work with")
+    keep_freed_memory()
     settings = settings_of(args, pipeline)
     real = encode_images(pipeline, args.images) if args.images else None
     prepare_folder(args, settings)

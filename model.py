@@ -64,13 +64,29 @@ def plain_cpu(x):
     return x.is_cpu and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
+def has_bfloat16_products():
+    """Whether PyTorch multiplies bfloat16 matrices on this CPU with more than a plain loop: on x86 it takes AVX-512."""
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product(x, weight):
+    """x W^T, on a CPU by the fastest way there is, which is not always F.linear's."""
+    if plain_cpu(x):
+        if x.dtype == torch.bfloat16 and not has_bfloat16_products():
+            return product(x.float(), weight.float()).bfloat16()
+        if x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            # oneDNN, which torch.compile uses, too: twice as fast as MKL, F.linear's choice, on AMD processors.
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
 def attend(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(d)) v, all (B, H, S, d); mask true = attend.
 
     PyTorch's fused kernel for CPUs multiplies bfloat16 as slowly as float32. Matrix products do not, so there they are
     spelt out, for as many heads at a time as have about two million scores, which stay in the cache.
     """
-    if causal or q.dtype != torch.bfloat16 or not plain_cpu(q):
+    if causal or q.dtype != torch.bfloat16 or not (plain_cpu(q) and has_bfloat16_products()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     out = torch.empty_like(q)
     at_once = max(1, 2_000_000 // (len(q) * q.shape[2] * k.shape[2]))
@@ -111,11 +127,8 @@ class Linear(nn.Linear):
                 rows, scale = quantise(x.flatten(0, -2))                        # activations, too
                 y = torch._scaled_mm(rows, self.weight.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype)
                 return y.unflatten(0, x.shape[:-1])
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale.flatten().to(x.dtype)
-        if x.dtype == torch.float32 and plain_cpu(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            # oneDNN, which torch.compile uses, too: twice as fast as MKL, F.linear's choice, on AMD processors.
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
+            return product(x, self.weight.to(x.dtype)) * self.scale.flatten().to(x.dtype)
+        return product(x, self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -558,7 +571,7 @@ class Decoder(nn.Module):
 
 
 HALO = 8          # latent pixels around a tile: more than its part of the network looks sideways
-PASSES = 2        # as many as there are norms make it exact; two leave no seam and a little difference in tone
+PASSES = 2        # one more than there are norms would be exact; two leave no seam and a little difference in tone
 
 
 def in_tiles(layers, x, tile, down=1, up=1):

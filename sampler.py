@@ -8,6 +8,7 @@ top of model.py. `guidance` is the official pipeline's g: v + g (v - v_negative)
 """
 
 import argparse
+import ctypes
 import itertools
 import math
 import os
@@ -394,6 +395,13 @@ def pick_device(name):
     return device
 
 
+def keep_freed_memory():
+    """Tell glibc, Linux's usual C library, to keep the large blocks a network frees for its next step: the system would fill them with zeros again."""
+    with suppress(AttributeError, OSError, TypeError):        # another C library
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 2**30), mallopt(trim_threshold, 2**30)
+
+
 def pick_model(path):
     if path is not None:
         return Path(path)
@@ -493,6 +501,7 @@ def main():
     init_image = read_image(args.init_image) if args.init_image is not None else None
     pipeline = load_pipeline(pick_model(args.model), device, dtype, args.offload, args.weights)
     pipeline.tile, pipeline.attention = args.tile, args.attention
+    keep_freed_memory()
     if init_image and not (args.height or args.width):
         args.width, args.height = (max(side // pipeline.pixel_multiple, 1) * pipeline.pixel_multiple for side in init_image.size)
     if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:

@@ -199,7 +199,7 @@ def compare(size, device, dtype, repeats, batches, compiled):
     line("VAE, decode", race(sides(
         ours=lambda: ours.vae.decode(latents),
         diffusers=lambda: theirs.vae.decode(latents / vae.scaling_factor + vae.shift_factor, return_dict=False)[0]), repeats, device))
-    line(f"whole pipeline, {steps} steps", race(pipeline_functions(), 2 if size == "mid" else repeats, device))
+    line(f"whole pipeline, {steps} steps", race(pipeline_functions(), min(repeats, 2) if size == "mid" else repeats, device))
     if device.type == "cuda":
         work, functions = forward_functions(1)
         for name, backend in sampler.ATTENTION.items():
@@ -269,6 +269,7 @@ def main():
     parser.add_argument("--memory", action="store_true", help="peak memory of the ways to save it, in place of the comparison (GPU)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    sampler.keep_freed_memory()               # as sampler.py itself does; it serves both sides
     device = sampler.pick_device(args.device)
     gpu = device.type == "cuda"
     print(f"torch {torch.__version__}, " + (torch.cuda.get_device_name(device) if gpu else f"{args.threads} threads")

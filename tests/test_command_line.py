@@ -193,7 +193,8 @@ def test_disk_full_leaves_nothing(tmp_path):
 
 def test_interrupt(tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "sampler.py", "a cat", "--model", TINY, "--size", "64x64", "--steps", "1000000"],
-                               cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+                               cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background jobs ignore it
     seen = ""
     while "sampling" not in seen:
         chunk = process.stderr.read(1)

@@ -207,7 +207,8 @@ def test_float8_checkpoint():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 40, 16), (1, 4, 1200, 8)])            # heads at once; one after the other
-def test_attention_spelt_out(shape, masked):
+def test_attention_spelt_out(shape, masked, monkeypatch):
+    monkeypatch.setattr(model, "has_bfloat16_products", lambda: True)
     q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
     mask = (torch.rand(shape[0], 1, 1, shape[2]) > 0.3) if masked else None
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
@@ -225,6 +226,29 @@ def test_linear_by_onednn_and_without():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
     assert relative_error(layer(x).detach(), expected.detach()) < 1e-6 and layer(x).requires_grad
+
+
+def test_bfloat16_where_its_products_are_slow(monkeypatch):
+    """Multiplied in float32, and rounded once; attention by PyTorch's kernel, which does so, too."""
+    monkeypatch.setattr(model, "has_bfloat16_products", lambda: False)
+    layer, x = Linear(64, 48).bfloat16(), torch.randn(2, 5, 64).bfloat16()
+    bare, linear = F.linear, mock.Mock(side_effect=lambda x, w: bare(x, w))
+    with torch.no_grad(), mock.patch.object(F, "linear", linear):
+        exact = (x.double() @ layer.weight.double().t()).float().bfloat16()
+        assert layer(x).dtype == torch.bfloat16 and (layer(x) != exact).float().mean() < 0.01
+    assert all(call.args[0].dtype == torch.float32 for call in linear.call_args_list)
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention") as fused:
+        attend(*(x[:, None] for _ in range(3)))
+    assert fused.called
+
+
+def test_freed_memory_is_kept_where_glibc_is():
+    with mock.patch("ctypes.CDLL") as library:
+        sampler.keep_freed_memory()
+    assert {call.args[0] for call in library().mallopt.call_args_list} == {-1, -3}      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    for error in (OSError, TypeError, AttributeError):                          # no such library, Windows, another C library
+        with mock.patch("ctypes.CDLL", side_effect=error):
+            sampler.keep_freed_memory()
 
 
 # --- The command line ---------------------------------------------------------------------------------------

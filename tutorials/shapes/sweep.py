@@ -23,8 +23,9 @@ import distill                                        # noqa: E402
 import evaluate                                       # noqa: E402
 import sampler                                        # noqa: E402
 from convert_weights import UserError, run_command    # noqa: E402
+from model import has_bfloat16_products               # noqa: E402
 
-BASE = ["--iterations", "120", "--sample-every", "40", "--dtype", "bfloat16"]
+BASE = ["--iterations", "120", "--sample-every", "40", "--dtype", "bfloat16" if has_bfloat16_products() else "float32"]
 STRONG = ["--steps", "4", "--alpha", "4"]      # a spear that is hard to hold shows the difference between shields
 VARIANTS = {
     "1 step": ["--steps", "1"],
