@@ -48,7 +48,6 @@ from convert_weights import (
     fingerprint,
     load_dit,
     load_text_encoder,
-    load_tokenizer,
     load_vae,
     number,
     open_checkpoint,
@@ -291,35 +290,27 @@ def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False
     return limit_norm(guided, v, cfg_normalization) if cfg_normalization else guided
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32):
-    """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32."""
-    checkpoint = open_checkpoint(path)
-    folders = checkpoint.folders
-    pipeline = Pipeline(
-        tokenizer=load_tokenizer(checkpoint.tokenizer),
-        text_encoder=load_text_encoder(folders["text_encoder"], device, dtype),
-        dit=load_dit(folders["dit"], device, dtype),
-        vae=load_vae(folders["vae"], device, torch.float32),
-        name=Path(path).resolve().name, device=torch.device(device), **checkpoint.settings)
-    check_parts(path, pipeline)
-    return pipeline
+def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, **parts):
+    """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
-
-def check_parts(path, pipeline):
-    """UserError if the parts of a pipeline do not fit each other."""
-    text_encoder, dit = pipeline.text_encoder.config, pipeline.dit.config
-    vocabulary = max(pipeline.tokenizer.get_vocab().values()) + 1
-    for fits, complaint in (
-            (vocabulary <= text_encoder.vocab_size,
-             "the tokenizer has more tokens than the text encoder"),
-            (dit.cap_feat_dim == text_encoder.hidden_size,
-             "the DiT wants text features of another width"),
-            (dit.in_channels == pipeline.vae.config.latent_channels,
-             "DiT and VAE have different latent channels"),
-            (dit.axes_lens[0] >= MAX_TOKENS + 2,
-             f"the DiT has no room for {MAX_TOKENS} text tokens")):
-        if not fits:
-            raise UserError(f"the parts of {path} do not belong together: {complaint}")
+    path: a directory of the official layout or ours, one file, or a name on the hub. parts: files
+    that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters: (file,
+    strength) pairs of LoRAs. keep: formats to keep as they are stored, such as KEEP below.
+    """
+    checkpoint = open_checkpoint(path, **parts)
+    networks = checkpoint.networks
+    if checkpoint.shift_assumed:
+        warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
+                      "assumed (--shift)", stacklevel=2)
+    return Pipeline(
+        tokenizer=checkpoint.tokenizer,
+        text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, keep=keep),
+        dit=load_dit(networks["dit"], device, dtype, adapters=adapters, keep=keep),
+        vae=load_vae(networks["vae"], device, torch.float32),
+        name=Path(path).resolve().name,
+        device=torch.device(device),
+        **checkpoint.settings,
+    )
 
 
 def quantize_rows(weight, dtype):
@@ -497,6 +488,7 @@ class Bfloat16Attention(Attention):
 def use_cpu_kernels(net):
     """Gives the layers of a network on a CPU the classes that are faster there -> net."""
     bfloat16_is_fast = has_bfloat16_products()
+    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     for layer in net.modules():
         if type(layer) is Attention and bfloat16_is_fast:
             if layer.to_q.weight.dtype == torch.bfloat16:
@@ -504,8 +496,10 @@ def use_cpu_kernels(net):
         elif type(layer) is nn.Linear:
             dtype = layer.weight.dtype
             # Small products are up to 10 % slower through oneDNN.
-            large = layer.weight.numel() >= 2 ** 20 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            if (dtype == torch.float32 and large) or (dtype == torch.bfloat16 and not bfloat16_is_fast):
+            is_large = layer.weight.numel() >= 2 ** 20
+            if dtype == torch.float32 and is_large and has_onednn:
+                layer.__class__ = CPULinear
+            if dtype == torch.bfloat16 and not bfloat16_is_fast:
                 layer.__class__ = CPULinear
     return net
 
@@ -675,7 +669,8 @@ def in_tiles(layers, x, tile, down=1, up=1):
         for _ in range(PASSES if len(tiles) > 1 else 1):
             for (rows, rows_halo, rows_core), (columns, columns_halo, columns_core) in tiles:
                 for norm in norms:
-                    norm.core, norm.side = (rows_core, columns_core), rows_halo.stop - rows_halo.start
+                    norm.core = rows_core, columns_core
+                    norm.side = rows_halo.stop - rows_halo.start
                 part = layers(x[..., scaled(rows_halo, down), scaled(columns_halo, down)])
                 if out is None:
                     out = part.new_empty(*part.shape[:2], height * up, width * up)
@@ -945,7 +940,7 @@ def find_device(name):
     if name == "auto":
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
-        return torch.device(found, int(os.environ["LOCAL_RANK"])) if WORLD > 1 else torch.device(found)
+        return torch.device(found, LOCAL_RANK) if found == "cuda" and WORLD > 1 else torch.device(found)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
