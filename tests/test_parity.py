@@ -9,10 +9,10 @@ import lzma
 
 import pytest
 import torch
-from conftest import DATA, TINY, relative_error
 from tokenizers import Tokenizer
 
 import sampler
+from conftest import DATA, TINY, relative_error
 from model import Text
 
 LIMIT = 1e-5

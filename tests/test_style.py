@@ -8,10 +8,10 @@ import inspect
 import re
 
 import pytest
-from conftest import ROOT
 
 import distill
 import sampler
+from conftest import ROOT
 
 CORE = ["model.py", "convert_weights.py", "sampler.py", "distill.py"]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for pattern in

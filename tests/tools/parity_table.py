@@ -1,4 +1,4 @@
-"""Prints the distances to diffusers and transformers from the stored cases, as a table:
+"""Prints the distances to diffusers and transformers from the stored cases.
 
     python -m tests.tools.parity_table
 """
