@@ -84,7 +84,7 @@ class Pipeline:
 @torch.no_grad()
 def encode_prompts(pipeline, prompts):
     """Prompts (a list of B strings) -> Text with features (B, L, D), L tokens in the longest."""
-    ids = [tokenize(pipeline.tokenizer, prompt) for prompt in prompts]
+    ids = [torch.tensor(token_ids(pipeline.tokenizer, prompt)) for prompt in prompts]
     lengths = torch.tensor([len(row) for row in ids])
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)       # (B, L)
     return pipeline.text_encoder(ids.to(pipeline.device), lengths.to(pipeline.device))
@@ -204,8 +204,8 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
 # --- Called by the functions above --------------------------------------------------------------
 
 
-def tokenize(tokenizer, prompt):
-    """The prompt in its chat template -> at most 512 token ids. A longer prompt is cut."""
+def token_ids(tokenizer, prompt):
+    """The prompt in its chat template -> a list of token ids. A longer prompt is cut to 512."""
     templated = TEMPLATE.format(prompt)
     try:
         encoded = tokenizer.encode(templated, add_special_tokens=False)
@@ -215,7 +215,7 @@ def tokenize(tokenizer, prompt):
         end = encoded.offsets[MAX_TOKENS - 1][1]
         warnings.warn(f"a prompt of {len(encoded.ids)} tokens is cut to {MAX_TOKENS}, after the "
                       f"words {templated[max(end - 40, 0):end]!r}", stacklevel=2)
-    return torch.tensor(encoded.ids[:MAX_TOKENS])
+    return encoded.ids[:MAX_TOKENS]
 
 
 def setting(value, default):
@@ -822,6 +822,12 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
+    add_prompts(args)
+    return args
+
+
+def add_prompts(args):
+    """Completes args.prompt from --prompts, and says in args.loop whether they come by and by."""
     args.loop = args.prompt == ["-"]
     if args.loop and (args.prompts or WORLD > 1):
         raise UserError("- reads the prompts: leave out --prompts and torchrun")
@@ -830,7 +836,6 @@ def parse_arguments(arguments=None):
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
     if len(args.prompt) * args.num_images > 10 ** 6:
         raise UserError("more than a million images are asked for")
-    return args
 
 
 def read_recorded(parser, args):
@@ -940,7 +945,9 @@ def find_device(name):
     if name == "auto":
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
-        return torch.device(found, LOCAL_RANK) if found == "cuda" and WORLD > 1 else torch.device(found)
+        if found == "cuda" and WORLD > 1:
+            found = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(found)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
