@@ -732,7 +732,8 @@ def png_name(text):
 
 def make_parser():
     """All options. Those that are not given are None, so that --like can tell; see DEFAULTS."""
-    parser = convert_weights.Parser(description="Prompt to image with Z-Image-Turbo or the small bundled model.")
+    parser = convert_weights.Parser(
+        description="Prompt to image with Z-Image-Turbo or the small bundled model.")
     add = parser.add_argument
     number = convert_weights.number
     add("prompt", nargs="*", help="prompts, each in quotes; - alone reads them from standard "
@@ -740,8 +741,9 @@ def make_parser():
     add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--model", help="a directory, one file, or a name such as Tongyi-MAI/Z-Image-Turbo "
         "(default: the bundled model)")
-    convert_weights.add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora",
-                       "--device", "--seed", lora=None, device=None, seed=None)
+    convert_weights.add_common_options(
+        parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora", "--device", "--seed",
+        lora=None, device=None, seed=None)
     add("--like", metavar="PICTURE.png", help="take prompt and settings from a picture that this "
         "program made; other options win")
     add("--out", type=png_name, metavar="FILE.png", help="default image.png, or image-1.png ...")
@@ -851,10 +853,15 @@ def read_recorded(parser, args):
     return {name: value for name, value in known.items() if value not in (None, [], False)}
 
 
+def fingerprint(path):
+    """convert_weights.fingerprint; None for the name of a model on the hub."""
+    return convert_weights.fingerprint(path) if Path(path).exists() else None
+
+
 def find_file(picture, option, name, digest):
     """The file or model that a picture was made with: here, beside the picture, or bundled."""
     for path in (Path(name), Path(picture).parent / name, *BUNDLED):
-        if path.exists() and convert_weights.fingerprint(path) == digest:
+        if path.exists() and fingerprint(path) == digest:
             return str(path)
     if digest is None:                        # a hub name
         return name
@@ -1039,8 +1046,8 @@ def make_record(args, pipeline, dtype, settings, size):
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
     files.setdefault("model", find_bundled())
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
-    entries = {name: [(Path(path).name, convert_weights.fingerprint(path) if Path(path).exists() else None, *more)
-                      for path, *more in value] for name, value in entries.items()}
+    entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
+               for name, value in entries.items()}
     return {**options, "model": pipeline.name, "files": json.dumps(entries),
             "options": json.dumps([*options])}
 
