@@ -81,7 +81,7 @@ def time_schedule(steps, shift):
     The noise levels sigma = 1 - t of a uniform grid are shifted towards noise, as by diffusers'
     FlowMatchEulerDiscreteScheduler: sigma -> s sigma / (1 + (s - 1) sigma).
     """
-    sigma = torch.cat((torch.linspace(1, 1 / max(steps, 1), steps), torch.zeros(1)))
+    sigma = torch.cat((torch.linspace(1, 1 / max(steps, 1), max(steps, 1)), torch.zeros(1)))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     # Rounded as in diffusers, by way of 1000 sigma: the network takes sines of 1000 t.
     times = (1000 - 1000 * sigma) / 1000
@@ -308,7 +308,7 @@ def quantize_rows(weight, dtype):
 
 
 @lru_cache
-def hadamard(size, device, dtype):
+def hadamard(size, device=None):
     """An orthogonal matrix (size, size) of entries +-1/sqrt(size); size is a power of 4.
 
     It is symmetric, so it is its own inverse. It is the one of ComfyUI's "convrot" files.
@@ -317,18 +317,16 @@ def hadamard(size, device, dtype):
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, h4)
-    return matrix.to(device, dtype)
+    return matrix.to(device)
 
 
-def rotate(x, group):
-    """Each run of `group` numbers of the last dimension of x times the Hadamard matrix.
+def rotate(x, matrix):
+    """Each run of n numbers of the last dimension of x times the Hadamard matrix (n, n).
 
     A product stays the same if input and weight are both rotated. A single large number is
-    spread over its group, so that it no longer takes the int8 range from its neighbors.
+    spread over its run, so that it no longer takes the int8 range from its neighbors.
     """
-    if group == 1:
-        return x
-    return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.device, x.dtype)).flatten(-2)
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)).flatten(-2)
 
 
 def rotation_group(columns):
@@ -343,37 +341,32 @@ def rotation_group(columns):
 # that keeps its tensors; hooks decide where the tensors lie.
 
 
-def has_bfloat16_products():
-    """True if this CPU has bfloat16 matrix instructions. On x86 these are AVX-512 BF16 and AMX."""
-    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+# On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
+# a CPU lacks them, bfloat16 products are 16 times slower than float32, and int8 ones 50 times.
+CPU_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+CPU_HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
 def has_products(dtype, device):
-    """True if the device multiplies float8 (NVIDIA from Hopper on) or int8 matrices.
-
-    int8: NVIDIA from Ampere on, CPUs with AVX-512 VNNI or AMX. Elsewhere torch._int_mm is a plain
-    loop, measured 50 times slower than float32.
-    """
+    """True if the device multiplies matrices of float8 (NVIDIA from Hopper on) or int8 (Ampere)."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return capability >= ((8, 0) if dtype == torch.int8 else (9, 0))
-    is_vnni_supported = getattr(torch.cpu, "_is_vnni_supported", bool)
-    return device.type == "cpu" and dtype == torch.int8 and is_vnni_supported()
+    return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
 
 
 class QuantizedLinear(nn.Linear):
     """x W^T with W = weight * scale: a byte for each weight, a float32 scale for each row."""
-    group = 1         # of the rotation that the weight has and x needs; 1: none
 
     def forward(self, x):
-        x = rotate(x, self.group)
+        if self.rotation is not None:         # the weight is rotated, so x has to be
+            x = rotate(x, self.rotation)
         aligned = self.in_features % 16 == 0 and self.out_features % 16 == 0
         if aligned and has_products(self.weight.dtype, x.device):
             rows, row_scale = quantize_rows(x.flatten(0, -2), self.weight.dtype)
             return self.product(rows, row_scale, x.dtype).unflatten(0, x.shape[:-1])
-        # In floating point. A CPU without bfloat16 instructions is 16 times as fast in float32.
-        slow = x.is_cpu and x.dtype == torch.bfloat16 and not has_bfloat16_products()
-        dtype = torch.float32 if slow else x.dtype
+        is_slow = x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16
+        dtype = torch.float32 if is_slow else x.dtype
         y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.flatten().to(dtype)
         return y.to(x.dtype)
 
@@ -403,7 +396,8 @@ def bind(layer_type, linear, weight, scale, group=1):
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
     linear.register_buffer("scale", scale)
-    linear.group = group
+    rotation = hadamard(group, weight.device) if group > 1 else None
+    linear.register_buffer("rotation", rotation, persistent=False)
     linear.__class__ = layer_type
 
 
@@ -426,7 +420,8 @@ def quantize(net, kind, device=None):
                 bind(Float8Linear, layer, *quantize_rows(weight, torch.float8_e4m3fn))
             else:
                 group = rotation_group(layer.in_features)
-                bind(Int8Linear, layer, *quantize_rows(rotate(weight, group), torch.int8), group)
+                weight = rotate(weight, hadamard(group, weight.device))
+                bind(Int8Linear, layer, *quantize_rows(weight, torch.int8), group)
     return net
 
 
@@ -472,10 +467,9 @@ class Bfloat16Attention(Attention):
 
 def use_cpu_kernels(net):
     """Gives the layers of a network on a CPU the classes that are faster there -> net."""
-    bfloat16_is_fast = has_bfloat16_products()
     has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     for layer in net.modules():
-        if type(layer) is Attention and bfloat16_is_fast:
+        if type(layer) is Attention and CPU_HAS_BFLOAT16:
             if layer.to_q.weight.dtype == torch.bfloat16:
                 layer.__class__ = Bfloat16Attention
         elif type(layer) is nn.Linear:
@@ -484,7 +478,7 @@ def use_cpu_kernels(net):
             is_large = layer.weight.numel() >= 2 ** 20
             if dtype == torch.float32 and is_large and has_onednn:
                 layer.__class__ = CPULinear
-            if dtype == torch.bfloat16 and not bfloat16_is_fast:
+            if dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16:
                 layer.__class__ = CPULinear
     return net
 
@@ -513,7 +507,7 @@ class TakeTurns:
             for tensor, host in self.host.get(self.loaded, ()):
                 tensor.data = host
             for tensor, host in self.host[net]:
-                tensor.data = host.to(self.device)
+                tensor.data = host.to(self.device, copy=True)
             self.loaded = net
 
 
@@ -1022,7 +1016,6 @@ def warn_of_options(args, pipeline, settings):
     idle = [f"--{name.replace('_', '-')}" for name in OF_GUIDANCE if name in args.given]
     for applies, message in (
             (idle and guidance == 0, f"without --guidance there is no effect of {', '.join(idle)}"),
-            (args.offload and device.type == "cpu", "--offload has no effect on a CPU"),
             (args.weights == "int8" and not has_products(torch.int8, device),
              "this device has no int8 products: --weights int8 saves memory but not time"),
             (guidance == 0 and shift >= 6, f"a shift of {shift} is that of an undistilled model, "
@@ -1112,6 +1105,9 @@ def main():
     image = read_image(args.init_image) if args.init_image else None
     device = find_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if args.offload and device.type == "cpu":
+        warnings.warn("--offload has no effect on a CPU", stacklevel=2)
+        args.offload = None
     keep_freed_memory()
     pipeline = build(args, device, getattr(torch, dtype))
     settings = {name: setting(getattr(args, name), getattr(pipeline, name))
