@@ -28,7 +28,6 @@ import os
 import re
 import secrets
 import shutil
-import struct
 import sys
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -40,12 +39,12 @@ import torch.nn as nn
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from formats import (  # isort: skip
-    CHAT_TEMPLATE, DTYPES, FOLDERS, NETWORKS, REQUIRED, SAMPLING_FILE, Stored, UserError,
-    check_settings, component_files, dequantize, derived_fields, find_parts, fits,
-    load_tokenizer, open_files, parse_config, parse_json, read, read_adapters, rename,
-    row_scales, some, split_parts, stored_format, with_scales,
-)
+from formats import (  # noqa: F401  (is_number, ROTATED, rotate: for other scripts)
+    CHAT_TEMPLATE, DTYPES, FOLDERS, NETWORKS, REQUIRED, ROTATED, SAMPLING_FILE, Stored, UserError,
+    check_settings, component_files, config_like, dequantize, derived_fields, embedded_config,
+    find_parts, fits, is_number, load_tokenizer, open_files, parse_json, quantize_int8, read,
+    read_adapters, read_json, rename, rotate, row_scales, some, split_parts, stored_format,
+    with_scales, write_json, write_safetensors)
 
 try:
     import fcntl
@@ -163,7 +162,7 @@ def expected_tensors(kind, config):
 
 class Piece(NamedTuple):
     """Where an official tensor is: rows `first`, first + 1, ... of a tensor in a file."""
-    stored: "Stored"
+    stored: Stored
     first: int
     shape: tuple
     ours: str         # our name
@@ -215,7 +214,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     for name, stored in steps:
         tensor = stored.to(device, dtype)
         # A large network is mapped: to look at its numbers here would read all of the file.
-        if tensor.numel() < 2 ** 24 and not tensor.isfinite().all():
+        if tensor.numel() < 2 ** 20 and not tensor.isfinite().all():
             raise UserError(f"{network.path}: {name} is not finite in {dtype}; it is damaged")
         weights[network.pieces[name].ours] = tensor
     module.load_state_dict(weights, strict=False, assign=True)    # but for what bind_stored did
@@ -285,9 +284,9 @@ def open_network(kind, path, like=None):
     files, config = component_files(kind, Path(path))
     tensors, metadata = open_files(files)
     parts = split_parts(tensors, path)
-    if kind not in parts:
-        raise UserError(f"{path} holds no {kind}, but {' and '.join(parts) or 'something else'}")
-    stored = with_scales(parts[kind], metadata)
+    if parts and kind not in parts:
+        raise UserError(f"{path} holds no {kind}, but {' and '.join(parts)}")
+    stored = with_scales(parts.get(kind, tensors), metadata)
     config = config or embedded_config(kind, metadata) or config_like(kind, like)
     expected = expected_tensors(kind, config)
     pieces, used = {}, set(UNUSED)
@@ -340,8 +339,6 @@ def linear_modules(network):
 RELEASE, RELEASE_SHIFT = "Tongyi-MAI/Z-Image-Turbo", 3.0
 
 
-
-
 class Checkpoint(NamedTuple):
     """All parts of a model on disk, checked each and against each other."""
     networks: dict        # "dit", "text_encoder", "vae" -> Network, for load_dit and so on
@@ -375,18 +372,6 @@ def open_checkpoint(path=None, **named):
     check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
     return Checkpoint(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
                       "shift" not in settings, files)
-
-
-def embedded_config(kind, metadata):
-    """The configuration in the header of a file that this project wrote, or None."""
-    text, where = metadata.get(f"z_image_{kind}"), f"z_image_{kind} in the header of a file"
-    return parse_config(kind, parse_json(text, where), where, official=False) if text else None
-
-
-def config_like(kind, like):
-    """The configuration of another place; where there is none, the release's."""
-    config = component_files(kind, Path(like))[1] if like is not None else None
-    return config or NETWORKS[kind][1]()
 
 
 def check_together(tokenizer, text_encoder, dit, vae):
@@ -483,7 +468,10 @@ def write_network(network, path, to, metadata, dtype=None, adapters=()):
         if dtype == "int8" and QUANTIZED.search(official):
             own = torch.int8
             add_rows(plan, scale_name(name), (shape[0], 1), torch.float32)
-        add_rows(plan, name, shape, own if own == torch.int8 or dtype in (None, "int8") else dtype)
+        rest = ()
+        if to == "comfy" and ".attn_1." in name and len(shape) == 2:
+            rest = (1, 1)                     # Flux has convolutions there
+        add_rows(plan, name, (*shape, *rest), own if own == torch.int8 or dtype in (None, "int8") else dtype)
         names[official] = name
 
     def tensors():
@@ -518,37 +506,6 @@ def add_rows(plan, name, shape, dtype):
     plan[name] = shape, dtype
 
 
-def quantize_int8(weight):
-    """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
-    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale
-
-
-def write_safetensors(path, plan, tensors, metadata=()):
-    """Writes a safetensors file tensor by tensor, so that it is never in memory whole.
-
-    plan: {name: (shape, dtype)}. tensors: (name, tensor) pairs; those of one name are its rows, in
-    order. metadata: {name: text} for the header.
-    """
-    kinds = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E8M0"}
-    header, places, end = {"__metadata__": {"format": "pt", **dict(metadata)}}, {}, 0
-    for name, (shape, dtype) in plan.items():
-        places[name], end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kinds[dtype], "shape": list(shape),
-                        "data_offsets": [places[name], end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=path.name,
-                                        leave=False, delay=1) as bar:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for name, tensor in tensors:
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.seek(8 + len(header) + places[name])
-            file.write(data.numpy())
-            places[name] += len(data)
-            bar.update(len(data))
-
-
 def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, steps=None,
                   guidance=None, size=None, **more):
     """Writes three modules and a tokenizers.Tokenizer in our layout, over an older one in `path`.
@@ -569,11 +526,6 @@ def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, st
             write_safetensors(folder / f"{kind}.safetensors", plan, state.items())
         tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "config.json", {**sections, **check_settings(settings, path)})
-
-
-def write_json(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -625,7 +577,7 @@ def main():
     add("--dtype", choices=["bfloat16", "float16", "float32", "int8"],
         help="of DiT and text encoder (default: as stored)")
     add("--check", metavar="DIR", help="compare a downloaded Turbo release with its MD5 list")
-    add_part_options(parser)
+    add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
     args = parser.parse_intermixed_args()     # options may stand between SRC and DST
     if args.check is not None:
         results = check_release(args.check)
@@ -703,12 +655,27 @@ def adapter(text):
     return file, number(-100, 100)(strength)
 
 
-def add_part_options(parser):
-    """The options that name parts of a model: --dit, --text-encoder, --vae, --tokenizer, --lora."""
-    for part in ("--dit", "--text-encoder", "--vae", "--tokenizer"):
-        parser.add_argument(part, metavar="FILE", help="take this part of the model from here")
-    parser.add_argument("--lora", metavar="FILE[:STRENGTH]", type=adapter, action="append",
-                        default=[], help="merge a LoRA, LoKr or LoHa into the DiT (repeatable)")
+COMMON_OPTIONS = {
+    "--dit": {"metavar": "FILE", "help": "take the DiT from this file or folder"},
+    "--text-encoder": {"metavar": "FILE", "help": "take the text encoder from there"},
+    "--vae": {"metavar": "FILE", "help": "take the VAE from there"},
+    "--tokenizer": {"metavar": "FILE", "help": "take the tokenizer from this tokenizer.json"},
+    "--lora": {"metavar": "FILE[:STRENGTH]", "action": "append", "type": adapter, "default": [],
+               "help": "merge a LoRA, LoKr or LoHa into the DiT (repeatable; strength: 1)"},
+    "--device": {"default": "auto",
+                 "help": "cuda, mps or cpu (default: the first of them that is there)"},
+    "--seed": {"type": number(0, 2 ** 63 - 1, int), "default": 0, "metavar": "N",
+               "help": "whole number (default: 0)"},
+}
+
+
+def add_common_options(parser, *names, **defaults):
+    """Adds options that several scripts have; `defaults` replace default values."""
+    for name in names:
+        changed = {key: value for key, value in defaults.items()
+                   if key == name.strip("-").replace("-", "_")}
+        option = {**COMMON_OPTIONS[name], **{"default": value for value in changed.values()}}
+        parser.add_argument(name, **option)
 
 
 @contextmanager

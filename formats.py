@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig
 
@@ -243,6 +244,31 @@ def read_gguf(path):
     return found, metadata
 
 
+def write_safetensors(path, plan, tensors, metadata=()):
+    """Writes a safetensors file tensor by tensor, so that it is never in memory whole.
+
+    plan: {name: (shape, dtype)}. tensors: (name, tensor) pairs; those of one name are its rows, in
+    order. metadata: {name: text} for the header.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E8M0"}
+    header, places, end = {"__metadata__": {"format": "pt", **dict(metadata)}}, {}, 0
+    for name, (shape, dtype) in plan.items():
+        places[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape),
+                        "data_offsets": [places[name], end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=path.name,
+                                        leave=False, delay=1) as bar:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name, tensor in tensors:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.seek(8 + len(header) + places[name])
+            file.write(data.numpy())
+            places[name] += len(data)
+            bar.update(len(data))
+
+
 # --- Quantized weights --------------------------------------------------------------------------
 
 # ComfyUI's formats: the kind of the stored numbers. What stands beside L.weight, old and new.
@@ -318,6 +344,12 @@ def dequantize(stored, first, shape):
     if stored.format in PADDED:
         numbers = numbers[:shape[0], :shape[1]]
     return numbers.view(shape)
+
+
+def quantize_int8(weight):
+    """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
+    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def row_scales(stored, first, rows):
@@ -614,6 +646,18 @@ def parse_config(kind, data, path, official):
     return config
 
 
+def embedded_config(kind, metadata):
+    """The configuration in the header of a file that this project wrote, or None."""
+    text, where = metadata.get(f"z_image_{kind}"), f"z_image_{kind} in the header of a file"
+    return parse_config(kind, parse_json(text, where), where, official=False) if text else None
+
+
+def config_like(kind, like):
+    """The configuration of another place; where there is none, the release's."""
+    has_one = like is not None and (Path(like) / "config.json").exists()
+    return component_files(kind, Path(like))[1] if has_one else NETWORKS[kind][1]()
+
+
 def has_type(value, kind):
     """Whether a value from a JSON file can be an int above 0, a float, or a tuple of such ints."""
     if kind is tuple:
@@ -799,8 +843,10 @@ def download(name, named):
 
     wanted = ["model_index.json", "scheduler/*.json", "config.json", SAMPLING_FILE, "tokenizer/*.j*",
               "tokenizer.json"]
-    for kind in NETWORKS.keys() - named.keys():
-        wanted += [f"{FOLDERS[kind]}/*.json", f"{FOLDERS[kind]}/*.safetensors", f"{kind}.safetensors"]
+    for kind, folder in FOLDERS.items():
+        wanted.append(f"{folder}/config.json")
+        if kind not in named:
+            wanted += [f"{folder}/*.json", f"{folder}/*.safetensors", f"{kind}.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except errors.RepositoryNotFoundError:
@@ -899,6 +945,11 @@ def read_json(path):
         return parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def write_json(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_json(text, where):
