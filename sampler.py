@@ -771,7 +771,7 @@ def make_parser():
     add("--compile", action="store_true", help="a slow start, then faster steps", default=None)
     add("--upscale", choices=["none", "nearest", "lanczos"],
         help="how to enlarge pictures under 256 pixels (default lanczos)")
-    add("--json", action="store_true", help="print a line of JSON for each picture")
+    add("--json", action="store_true", help="print a line of JSON for each picture", default=None)
     return parser
 
 
@@ -792,7 +792,7 @@ def parse_arguments(arguments=None):
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_intermixed_args(split_offload(arguments))
-    args.given = {name for name, value in vars(args).items() if value not in (None, [], False)}
+    args.given = {name for name, value in vars(args).items() if value not in (None, [])}
     if args.size:
         if args.height or args.width:
             raise UserError("--size says both sides: leave out --height and --width")
@@ -805,15 +805,17 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
+    if args.model is None:
+        args.model = find_bundled()
     add_prompts(args)
     return args
 
 
 def add_prompts(args):
     """Completes args.prompt from --prompts, and says in args.loop whether they come by and by."""
-    args.loop = args.prompt == ["-"]
-    if args.loop and (args.prompts or WORLD > 1):
-        raise UserError("- reads the prompts: leave out --prompts and torchrun")
+    args.loop = "-" in args.prompt
+    if args.loop and (args.prompt != ["-"] or args.prompts or WORLD > 1):
+        raise UserError("- reads the prompts: leave out other prompts, --prompts and torchrun")
     args.prompt = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not args.prompt:
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
@@ -826,25 +828,29 @@ def read_recorded(parser, args):
     try:
         with Image.open(args.like) as image:
             text = dict(image.text)
-        files = json.loads(text["files"])
-        words = [f"--{key.replace('_', '-')}={text[key]}" for key in json.loads(text["options"])]
-    except OSError as error:
-        raise UserError(f"cannot read {args.like}: {error.strerror or error}") from None
-    except (AttributeError, KeyError, ValueError, SyntaxError):
-        raise UserError(f"{args.like} does not say how this program made it") from None
-    words = [word.replace("=True", "").replace("--tile=False", "--no-tile") for word in words]
-    try:
+        words = [word_of(name, text[name]) for name in json.loads(text["options"])]
         known = vars(parser.parse_args(words))
+        known["width"], known["height"] = known.pop("size")
+        known["prompt"] = [] if args.prompts else [text["prompt"]]
+        for name, files in json.loads(text["files"]).items():
+            if getattr(args, name) in (None, []):
+                found = [(find_file(args.like, name, *file[:2]), *file[2:]) for file in files]
+                known[name] = found if name == "lora" else found[0][0]
+    except OSError as error:
+        reason = error.strerror or "it is not a picture"
+        raise UserError(f"cannot read {args.like}: {reason}") from None
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
-    known["width"], known["height"] = known.pop("size")
-    if not args.prompts:
-        known["prompt"] = [text["prompt"]]
-    for name, entries in files.items():
-        if getattr(args, name) in (None, []):
-            found = [(find_file(args.like, name, *entry[:2]), *entry[2:]) for entry in entries]
-            known[name] = found if name == "lora" else found[0][0]
-    return {name: value for name, value in known.items() if value not in (None, [], False)}
+    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError):
+        raise UserError(f"{args.like} does not say how this program made it") from None
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def word_of(name, value):
+    """An option as it stands on a command line."""
+    option = f"--{name.replace('_', '-')}"
+    flags = {"tile": {"True": "--tile", "False": "--no-tile"}, "compile": {"True": "--compile"}}
+    return flags[name][value] if name in flags else f"{option}={value}"
 
 
 def fingerprint(path):
@@ -859,8 +865,8 @@ def find_file(picture, option, name, digest):
             return str(path)
     if digest is None:                        # a hub name
         return name
-    raise UserError(f"{picture} was made with {name}, which is not here or has changed; name it "
-                    f"with --{option.replace('_', '-')}")
+    raise UserError(f"it was made with {name}, which is not here or has changed; name it with "
+                    f"--{option.replace('_', '-')}")
 
 
 def read_prompts(path):
@@ -890,17 +896,25 @@ def read_image(path):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def fit_size(pipeline, image, height, width):
-    """-> (height, width): given sides stay, the others follow from the picture's proportions.
+def fit_size(pipeline, image, height=None, width=None):
+    """-> (height, width) with a picture's proportions and about the model's number of pixels.
 
-    If neither is given, the number of pixels is about the model's own.
+    A side that is given stays, and the other one follows from the proportions.
     """
     multiple, limit = pipeline.pixel_multiple, min(pipeline.dit.config.axes_lens[1:])
     ratio, area = image.width / image.height, (pipeline.size / multiple) ** 2
-    rows = math.sqrt(area / ratio)
-    rows = height / multiple if height else width / multiple / ratio if width else rows
-    return (setting(height, min(max(round(rows), 1), limit) * multiple),
-            setting(width, min(max(round(rows * ratio), 1), limit) * multiple))
+
+    def nearest(side):
+        return min(max(round(side), 1), limit)
+
+    def misfit(rows):
+        columns = nearest(rows * ratio)
+        return 2 * abs(math.log(columns / rows / ratio)) + abs(math.log(rows * columns / area))
+
+    rows = min(range(1, limit + 1), key=misfit)
+    if height or width:
+        rows = height / multiple if height else nearest(width / multiple / ratio)
+    return setting(height, rows * multiple), setting(width, nearest(rows * ratio) * multiple)
 
 
 def enlarge(image, how):
@@ -978,7 +992,9 @@ def advise_on_errors(advice):
 def build(args, device, dtype):
     """Loads the model and applies the options that change how it computes -> Pipeline."""
     home = "cpu" if args.offload or args.weights else device
-    pipeline = load_pipeline(args.model or find_bundled(), home, dtype)
+    keep = {name: KEEP[name] for name in KEEP if name != "fp8" or args.weights == "fp8"}
+    parts = {name: getattr(args, name) for name in ("dit", "text_encoder", "vae", "tokenizer")}
+    pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, **parts)
     pipeline.device = device
     networks = pipeline.text_encoder, pipeline.dit, pipeline.vae
     for net in networks[:2] if args.weights else ():
@@ -1028,7 +1044,7 @@ def warn_of_options(args, pipeline, settings):
 
 def make_record(args, pipeline, dtype, settings, size):
     """What a PNG says: all that changes a pixel, under the names of the options."""
-    options = {"size": size, "dtype": dtype, "upscale": args.upscale, **settings}
+    options = {"seed": 0, "size": size, "dtype": dtype, "upscale": args.upscale, **settings}
     for name in ("weights", "attention", "compile"):
         if getattr(args, name):
             options[name] = getattr(args, name)
@@ -1037,7 +1053,6 @@ def make_record(args, pipeline, dtype, settings, size):
     if args.init_image:
         options["strength"] = args.strength
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
-    files.setdefault("model", find_bundled())
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
     entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
                for name, value in entries.items()}
@@ -1079,7 +1094,7 @@ def draw(args, pipeline, record, function):
                 continue
             seconds = round(time.perf_counter() - start, 2)
             for i, image in enumerate(images):
-                entry = {"prompt": prompts[i], "seed": args.seed + first + i, **record}
+                entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
 
