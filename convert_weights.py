@@ -29,7 +29,7 @@ import re
 import secrets
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,12 +39,8 @@ import torch.nn as nn
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from formats import (  # noqa: F401  (is_number, ROTATED, rotate: for other scripts)
-    CHAT_TEMPLATE, DTYPES, FOLDERS, NETWORKS, REQUIRED, ROTATED, SAMPLING_FILE, Stored, UserError,
-    check_settings, component_files, config_like, dequantize, derived_fields, embedded_config,
-    find_parts, fits, is_number, load_tokenizer, open_files, parse_json, quantize_int8, read,
-    read_adapters, read_json, rename, rotate, row_scales, some, split_parts, stored_format,
-    with_scales, write_json, write_safetensors)
+import formats
+from formats import NETWORKS, UserError, is_number, parse_json, read_json, rename, some, write_json  # noqa: F401
 
 try:
     import fcntl
@@ -121,7 +117,7 @@ UNUSED = ("norm_final.weight", "lm_head.weight", "model.lm_head.weight", "output
 def comfy_name(kind, config, official):
     """The name of an official tensor in ComfyUI's files. q, k and v have one name in common."""
     name = rename(official, COMFY_NAMES[kind])
-    if kind == "vae":                                         # Flux counts the decoder's levels down
+    if kind == "vae":                         # Flux counts the levels of the decoder down
         last = len(config.block_out_channels) - 1
         name = re.sub(r"\bup\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
     return name
@@ -162,7 +158,7 @@ def expected_tensors(kind, config):
 
 class Piece(NamedTuple):
     """Where an official tensor is: rows `first`, first + 1, ... of a tensor in a file."""
-    stored: Stored
+    stored: formats.Stored
     first: int
     shape: tuple
     ours: str         # our name
@@ -183,9 +179,9 @@ def official_tensors(network, adapters=()):
 
     A plain tensor is a view of the mapped file, in its dtype. What is computed is float32.
     """
-    changes = read_adapters(adapters, linear_modules(network))
+    changes = formats.read_adapters(adapters, linear_modules(network))
     for name, piece in network.pieces.items():
-        tensor = dequantize(piece.stored, piece.first, piece.shape)
+        tensor = formats.dequantize(piece.stored, piece.first, piece.shape)
         for change in changes.get(name, ()):
             tensor = tensor.float() + change()
         yield name, tensor
@@ -200,7 +196,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     adapters: (file, strength) pairs: LoRA, LoKr, LoHa for a DiT, merged into its weights.
     keep: {"fp8", "int8", "int8_convrot": bind}. The linear layers of the blocks that are stored so
         are not dequantized: bind(linear, weight, scale) gets weight (out, in) as it is stored and
-        scale (out, 1) float32. int8_convrot: `rotate` the input in groups of ROTATED.
+        scale (out, 1) float32. int8_convrot: to its input belongs formats.rotate.
     A network of which nothing has to be cast is mapped, see the head of this file. Otherwise the
     peak of memory is the weights and one tensor.
     """
@@ -245,13 +241,13 @@ def bind_stored(network, module, keep, adapters, device):
 
     A layer that an adapter changes has to be dequantized.
     """
-    changed = read_adapters(adapters, linear_modules(network)) if keep else {}
+    changed = formats.read_adapters(adapters, linear_modules(network)) if keep else {}
     rest = {}
     for name, piece in network.pieces.items():
-        bind = keep.get(stored_format(piece.stored)) if QUANTIZED.search(name) else None
+        bind = keep.get(formats.stored_format(piece.stored)) if QUANTIZED.search(name) else None
         if bind and piece.needed and name not in changed:
-            weight = read(piece.stored, piece.first, piece.shape[0])
-            scale = row_scales(piece.stored, piece.first, piece.shape[0])
+            weight = formats.read(piece.stored, piece.first, piece.shape[0])
+            scale = formats.row_scales(piece.stored, piece.first, piece.shape[0])
             linear = module.get_submodule(piece.ours.removesuffix(".weight"))
             bind(linear, weight.to(device), scale.to(device))
         elif piece.needed:
@@ -281,13 +277,13 @@ def open_network(kind, path, like=None):
     """
     if isinstance(path, Network):
         return path
-    files, config = component_files(kind, Path(path))
-    tensors, metadata = open_files(files)
-    parts = split_parts(tensors, path)
+    files, config = formats.component_files(kind, Path(path))
+    tensors, metadata = formats.open_files(files)
+    parts = formats.split_parts(tensors, path)
     if parts and kind not in parts:
         raise UserError(f"{path} holds no {kind}, but {' and '.join(parts)}")
-    stored = with_scales(parts.get(kind, tensors), metadata)
-    config = config or embedded_config(kind, metadata) or config_like(kind, like)
+    stored = formats.with_scales(parts.get(kind, tensors), metadata)
+    config = config or formats.embedded_config(kind, metadata) or formats.config_like(kind, like)
     expected = expected_tensors(kind, config)
     pieces, used = {}, set(UNUSED)
     for official, (ours, shape, needed) in expected.items():
@@ -312,7 +308,8 @@ def check_pieces(path, expected, pieces, unexpected):
     problems = {"missing": needed - pieces.keys(), "unexpected": unexpected, "of a wrong shape": [
         f"{name} {list(piece.stored.shape)} instead of {list(piece.shape)}"
         for name, piece in pieces.items()
-        if not fits(piece.stored, (rows[piece.stored.file, piece.stored.name], *piece.shape[1:]))]}
+        if not formats.fits(
+            piece.stored, (rows[piece.stored.file, piece.stored.name], *piece.shape[1:]))]}
     if any(problems.values()):
         raise UserError(
             f"{path} was made for another model, or its configuration was: "
@@ -343,7 +340,7 @@ class Checkpoint(NamedTuple):
     """All parts of a model on disk, checked each and against each other."""
     networks: dict        # "dit", "text_encoder", "vae" -> Network, for load_dit and so on
     tokenizer: Tokenizer
-    settings: dict        # "shift"; where known "steps", "guidance", "size" in pixels, "trained_steps"
+    settings: dict        # "shift"; where known "steps", "guidance", "size", "trained_steps"
     shift_assumed: bool   # no file says the schedule's shift
     files: dict           # "dit", "text_encoder", "vae", "tokenizer" -> Path
 
@@ -355,7 +352,7 @@ def open_checkpoint(path=None, **named):
     file, or a hub name. named: dit, text_encoder, vae, tokenizer, in the place of those of `path`.
     """
     named = {part: Path(place) for part, place in named.items() if place is not None}
-    files, settings = find_parts(path, named) if path is not None else ({}, {})
+    files, settings = formats.find_parts(path, named) if path is not None else ({}, {})
     like = files
     files = {**files, **named}
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
@@ -363,12 +360,12 @@ def open_checkpoint(path=None, **named):
         options = " ".join(f"--{part.replace('_', '-')} FILE" for part in missing)
         raise UserError(
             f"{path or 'the model'} lacks {', '.join(missing)}: put such files beside it, or give "
-            f"{options}; --model {RELEASE} --dit {files.get('dit', 'FILE')} fetches what is missing")
+            f"{options}; to fetch what is missing: --model {RELEASE} --dit {files.get('dit')}")
     networks = {kind: open_network(kind, files[kind], like.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
     if text and not settings:
-        settings = check_settings(parse_json(text, files["dit"]), files["dit"])
-    tokenizer = load_tokenizer(files["tokenizer"])
+        settings = formats.check_settings(parse_json(text, files["dit"]), files["dit"])
+    tokenizer = formats.load_tokenizer(files["tokenizer"])
     check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
     return Checkpoint(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
                       "shift" not in settings, files)
@@ -377,13 +374,18 @@ def open_checkpoint(path=None, **named):
 def check_together(tokenizer, text_encoder, dit, vae):
     """UserError where tokenizer and configurations do not belong together."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    for problem, is_there in {
-        "the tokenizer has more tokens than the text encoder": largest >= text_encoder.vocab_size,
-        "the DiT wants text features of another width": dit.cap_feat_dim != text_encoder.hidden_size,
-        "DiT and VAE have different latent channels": dit.in_channels != vae.latent_channels,
-    }.items():
-        if is_there:
-            raise UserError(f"the parts of the model do not belong together: {problem}")
+    problem = None
+    if largest >= text_encoder.vocab_size:
+        problem = f"the tokenizer's token {largest} is not among {text_encoder.vocab_size}"
+    elif dit.cap_feat_dim != text_encoder.hidden_size:
+        problem = "the DiT expects text features of another width"
+    elif dit.in_channels != vae.latent_channels:
+        problem = "DiT and VAE have different latent channels"
+    elif dit.axes_lens[0] < 514:              # a caption of 512 tokens, the image behind it
+        problem = "the DiT has no positions for 512 text tokens"
+    if problem:
+        raise UserError(f"the parts of the model do not belong together: {problem}")
+
 
 # --- Convert ------------------------------------------------------------------------------------
 
@@ -398,7 +400,7 @@ TARGETS = {           # layout -> the file of each network
 # The rest of an official directory: the same for every checkpoint.
 OFFICIAL_JSON = {
     "tokenizer/tokenizer_config.json": {
-        "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "Qwen2Tokenizer", "chat_template": formats.CHAT_TEMPLATE,
         "model_max_length": 131072, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "add_bos_token": False},
     "model_index.json": {
@@ -441,57 +443,65 @@ def convert(source, target, to="ours", dtype=None, adapters=(), **named):
 def write_official_json(folder, checkpoint):
     """The configurations of an official directory."""
     for kind, network in checkpoint.networks.items():
-        config = {**REQUIRED[kind], **dataclasses.asdict(network.config),
-                  **derived_fields(kind, network.config)}
+        config = {**formats.REQUIRED[kind], **dataclasses.asdict(network.config),
+                  **formats.derived_fields(kind, network.config)}
         if kind == "text_encoder":
             config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
-        write_json(folder / FOLDERS[kind] / "config.json", config)
+        write_json(folder / formats.FOLDERS[kind] / "config.json", config)
     settings = dict(checkpoint.settings)
-    scheduler = {**REQUIRED["scheduler"], "shift": settings.pop("shift")}
+    scheduler = {**formats.REQUIRED["scheduler"], "shift": settings.pop("shift")}
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
     if settings:
-        write_json(folder / SAMPLING_FILE, settings)
+        write_json(folder / formats.SAMPLING_FILE, settings)
     for name, content in OFFICIAL_JSON.items():
         write_json(folder / name, content)
 
 
 def write_network(network, path, to, metadata, dtype=None, adapters=()):
     """Writes a network in another layout. Zeros stand for the last layer, which students lack."""
-    names, plan = {}, {}                      # plan: name in the file -> (shape, dtype)
-    for official, (ours, shape, _) in expected_tensors(network.kind, network.config).items():
-        piece = network.pieces.get(official)
-        if piece is None and to == "ours":
-            continue
-        name = ours if to == "ours" else official
-        name = comfy_name(network.kind, network.config, official) if to == "comfy" else name
-        own = piece.stored.dtype if piece else common_dtype(network)
-        if dtype == "int8" and QUANTIZED.search(official):
-            own = torch.int8
-            add_rows(plan, scale_name(name), (shape[0], 1), torch.float32)
-        rest = ()
-        if to == "comfy" and ".attn_1." in name and len(shape) == 2:
-            rest = (1, 1)                     # Flux has convolutions there
-        add_rows(plan, name, (*shape, *rest), own if own == torch.int8 or dtype in (None, "int8") else dtype)
-        names[official] = name
-
-    def tensors():
-        zeros = ((name, torch.zeros(expected[name][1])) for name in names.keys() - network.pieces)
-        for official, tensor in itertools.chain(official_tensors(network, adapters), zeros):
-            name = names[official]
-            if plan[name][1] == torch.int8:
-                numbers, scale = quantize_int8(tensor)
-                yield scale_name(name), scale
-                yield name, numbers
-            else:
-                yield name, tensor.to(plan[name][1])
-
+    names, plan = plan_network(network, to, dtype)
     expected = expected_tensors(network.kind, network.config)
     layers = {name.removesuffix(".weight"): {"format": "int8_tensorwise"}
               for name, (_, kind) in plan.items() if kind == torch.int8}
     if layers:
         metadata = {**metadata, "_quantization_metadata": json.dumps({"layers": layers})}
+
+    def tensors():
+        zeros = ((name, torch.zeros(expected[name][1])) for name in names if name not in stored)
+        for official, tensor in itertools.chain(official_tensors(network, adapters), zeros):
+            name = names[official]
+            if plan[name][1] == torch.int8:
+                numbers, scale = formats.quantize_int8(tensor)
+                yield scale_name(name), scale
+                yield name, numbers
+            else:
+                yield name, tensor.to(plan[name][1])
+
+    stored = network.pieces
     path.parent.mkdir(exist_ok=True)
-    write_safetensors(path, plan, tensors(), metadata)
+    formats.write_safetensors(path, plan, tensors(), metadata)
+
+
+def plan_network(network, to, dtype):
+    """What to write: {official name: name in the file}, {name in the file: (shape, dtype)}."""
+    names, plan = {}, {}
+    for official, (ours, shape, _) in expected_tensors(network.kind, network.config).items():
+        piece = network.pieces.get(official)
+        if piece is None and to == "ours":
+            continue
+        comfy = comfy_name(network.kind, network.config, official)
+        name = {"ours": ours, "official": official, "comfy": comfy}[to]
+        names[official] = name
+        own = piece.stored.dtype if piece else common_dtype(network)
+        if dtype == "int8" and QUANTIZED.search(official):
+            own = torch.int8
+            add_rows(plan, scale_name(name), (shape[0], 1), torch.float32)
+        elif isinstance(dtype, torch.dtype):
+            own = dtype
+        if ".attn_1." in name and len(shape) == 2:            # Flux has convolutions there
+            shape = (*shape, 1, 1)  # noqa: PLW2901
+        add_rows(plan, name, shape, own)
+    return names, plan
 
 
 def scale_name(name):
@@ -506,8 +516,9 @@ def add_rows(plan, name, shape, dtype):
     plan[name] = shape, dtype
 
 
-def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, steps=None,
-                  guidance=None, size=None, **more):
+def save_pipeline(  # noqa: PLR0913
+        path, dit, text_encoder, vae, tokenizer, shift, dtype=None, steps=None, guidance=None,
+        size=None, **more):
     """Writes three modules and a tokenizers.Tokenizer in our layout, over an older one in `path`.
 
     dtype: of DiT and text encoder (None: their own; the VAE always keeps its own). steps, guidance,
@@ -523,36 +534,36 @@ def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, st
             state = {name: tensor if dtype is None or kind == "vae" else tensor.to(dtype)
                      for name, tensor in module.state_dict().items()}
             plan = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-            write_safetensors(folder / f"{kind}.safetensors", plan, state.items())
+            formats.write_safetensors(folder / f"{kind}.safetensors", plan, state.items())
         tokenizer.save(str(folder / "tokenizer.json"))
-        write_json(folder / "config.json", {**sections, **check_settings(settings, path)})
+        write_json(folder / "config.json", {**sections, **formats.check_settings(settings, path)})
 
 
 # --- Command line -------------------------------------------------------------------------------
 
 # MD5 of the files of the Z-Image-Turbo release.
-OFFICIAL_MD5 = {
-    "model_index.json": "5e3226ed72a9a4a080f2a4ca78b98ddc",
-    "scheduler/scheduler_config.json": "ca682fcc6c5a94cf726b7187e64b9411",
-    "text_encoder/config.json": "1e97eb35d9d0b6aa60c58a8df8d7d99a",
-    "text_encoder/model-00001-of-00003.safetensors": "30b85686b9a9b002e012494fadc027cb",
-    "text_encoder/model-00002-of-00003.safetensors": "e6a24ea164404a01ad2800dbae4e1a13",
-    "text_encoder/model-00003-of-00003.safetensors": "09e190ed15ff14795b6277e023cfcb2d",
-    "text_encoder/model.safetensors.index.json": "589f5395156900f49d617aee8a8d8708",
-    "tokenizer/tokenizer.json": "6423133b9cc1a2077b57822c30c211aa",
-    "tokenizer/tokenizer_config.json": "b06e103ac555ec4b51266078b518c0f0",
-    "transformer/config.json": "baed87136fe5f848e24b072f99856cc3",
-    "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": "54889d0dd179b4fa2fd7bd0e487d856e",
-    "transformer/diffusion_pytorch_model-00002-of-00003.safetensors": "fe81e804658d345323512c63224b0604",
-    "transformer/diffusion_pytorch_model-00003-of-00003.safetensors": "4e074e09129f98ad840414951f122feb",
-    "transformer/diffusion_pytorch_model.safetensors.index.json": "76d788eb0d42c59cc8f8ec007db639aa",
-    "vae/config.json": "ba9e2980c8630b4abccc643bc9f4a542",
-    "vae/diffusion_pytorch_model.safetensors": "6f83de55cb720c7fae051b14528577bf",
-}
+OFFICIAL_MD5 = dict(reversed(line.split()) for line in """
+    5e3226ed72a9a4a080f2a4ca78b98ddc model_index.json
+    ca682fcc6c5a94cf726b7187e64b9411 scheduler/scheduler_config.json
+    1e97eb35d9d0b6aa60c58a8df8d7d99a text_encoder/config.json
+    30b85686b9a9b002e012494fadc027cb text_encoder/model-00001-of-00003.safetensors
+    e6a24ea164404a01ad2800dbae4e1a13 text_encoder/model-00002-of-00003.safetensors
+    09e190ed15ff14795b6277e023cfcb2d text_encoder/model-00003-of-00003.safetensors
+    589f5395156900f49d617aee8a8d8708 text_encoder/model.safetensors.index.json
+    6423133b9cc1a2077b57822c30c211aa tokenizer/tokenizer.json
+    b06e103ac555ec4b51266078b518c0f0 tokenizer/tokenizer_config.json
+    baed87136fe5f848e24b072f99856cc3 transformer/config.json
+    54889d0dd179b4fa2fd7bd0e487d856e transformer/diffusion_pytorch_model-00001-of-00003.safetensors
+    fe81e804658d345323512c63224b0604 transformer/diffusion_pytorch_model-00002-of-00003.safetensors
+    4e074e09129f98ad840414951f122feb transformer/diffusion_pytorch_model-00003-of-00003.safetensors
+    76d788eb0d42c59cc8f8ec007db639aa transformer/diffusion_pytorch_model.safetensors.index.json
+    ba9e2980c8630b4abccc643bc9f4a542 vae/config.json
+    6f83de55cb720c7fae051b14528577bf vae/diffusion_pytorch_model.safetensors
+""".strip().splitlines())
 
 
 def check_release(path):
-    """Compares the files of a Turbo release with the list -> [(file, "ok", "missing" or "wrong")]."""
+    """Compares a download with the release: [(file, "ok", "missing" or "wrong")]."""
     path, results = Path(path), []
     if not path.is_dir():
         raise UserError(f"{path} is not a directory")
@@ -672,9 +683,10 @@ COMMON_OPTIONS = {
 def add_common_options(parser, *names, **defaults):
     """Adds options that several scripts have; `defaults` replace default values."""
     for name in names:
-        changed = {key: value for key, value in defaults.items()
-                   if key == name.strip("-").replace("-", "_")}
-        option = {**COMMON_OPTIONS[name], **{"default": value for value in changed.values()}}
+        option = dict(COMMON_OPTIONS[name])
+        key = name.strip("-").replace("-", "_")
+        if key in defaults:
+            option["default"] = defaults[key]
         parser.add_argument(name, **option)
 
 
@@ -700,17 +712,18 @@ def temporary(folder, prefix, make):
 
 @contextmanager
 def locked(path):
-    """Locks a file or directory; gives whether that was possible. (Windows: it never is.)"""
+    """Locks a file or directory and gives whether that was possible. On Windows it never is."""
     if fcntl is None:
         yield False
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):
+        is_mine = True
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            return
-        yield False
+        except OSError:                       # another process holds it
+            is_mine = False
+        yield is_mine
     finally:
         os.close(descriptor)
 
@@ -719,7 +732,8 @@ def remove(path):
     """Removes a file or directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True) if not path.is_dir() else None
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path, write):

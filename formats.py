@@ -120,7 +120,8 @@ def map_bytes(path, start, size):
             except OSError:
                 data = mmap.mmap(file.fileno(), access=mmap.ACCESS_READ, **place)
     except (OSError, ValueError) as error:    # ValueError: the file has become shorter
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(data, dtype=torch.uint8, count=size, offset=before)
@@ -153,8 +154,10 @@ def read_header(path):
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
             struct.error) as error:
         raise UserError(f"{path} is not complete, or damaged: {error}") from None
-    reasons = [what for start, what in NOT_A_MODEL.items() if beginning.startswith(start)]
-    raise UserError(f"{path} is {reasons[0] if reasons else 'no complete safetensors or GGUF file'}")
+    for start, what in NOT_A_MODEL.items():
+        if beginning.startswith(start):
+            raise UserError(f"{path} is {what}")
+    raise UserError(f"{path} is no complete safetensors or GGUF file")
 
 
 def read_safetensors(path):
@@ -191,7 +194,7 @@ def unique(pairs):
 
 
 class GGUFReader:
-    """Reads the values of a GGUF header, one after the other. struct.error at the end of the file."""
+    """Reads the values of a GGUF header, one after the other; struct.error where it ends."""
 
     def __init__(self, data):
         self.data, self.position = data, 4
@@ -353,7 +356,7 @@ def quantize_int8(weight):
 
 
 def row_scales(stored, first, rows):
-    """The scale of each row of a float8 or int8 weight, (rows, 1) float32: stored once or per row."""
+    """The scale of each row of a float8 or int8 weight: (rows, 1) float32. One may hold for all."""
     if stored.scales[0] is None:
         return torch.ones(rows, 1)
     scale = read(stored.scales[0]).float().view(-1, 1)
@@ -431,8 +434,8 @@ def fits(stored, shape):
 
 # How the keys end: pattern -> our name of the part. Before it come a prefix and a module.
 ADAPTER_PARTS = {
-    r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.default)?(\.weight)?$": ".A",
-    r"(\.lora_B|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)(\.default)?(\.weight)?$": ".B",
+    r"(\.lora_A|(\.lora_|[._]lora\.|\.lora_linear_layer\.)down)(\.default)?(\.weight)?$": ".A",
+    r"(\.lora_B|(\.lora_|[._]lora\.|\.lora_linear_layer\.)up)(\.default)?(\.weight)?$": ".B",
 }
 ADAPTER_PREFIX = re.compile(
     r"^(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\."
@@ -484,8 +487,8 @@ def read_adapter(path, strength, modules):
             strange.append(name)
         found.setdefault(stem, {})[part] = stored
     if strange or not found:
-        raise UserError(f"{path} is no adapter, or one for another model; this DiT has no place for "
-                        f"{some(strange) or 'nothing'}")
+        raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
+                        f"{some(strange)}")
     changes = {}
     for stem, parts in found.items():
         names, shapes = zip(*modules[ADAPTER_PREFIX.sub("", stem)], strict=True)
@@ -631,8 +634,8 @@ def parse_config(kind, data, path, official):
                                           "layer_types", "rope_parameters", "rope_scaling"})
         data = {**fields, **REFERENCE_DEFAULTS[kind], **data, **rotary_theta(data, path)}
     elif data.keys() != fields.keys():        # ours are always written whole
-        raise UserError(f"{path}: the section {kind} lacks {some(fields.keys() - data.keys()) or '-'}"
-                        f", and has unknown {some(data.keys() - fields.keys()) or '-'}")
+        raise UserError(f"{path}: the section {kind} misses or does not know "
+                        f"{some(fields.keys() ^ data.keys())}")
     for name, default in fields.items():
         if not has_type(data[name], type(default)) or "layers" in name and data[name] > 1000:
             raise UserError(f"{path}: {name} should be {TYPES[type(default)]}, not {data[name]!r}")
@@ -688,8 +691,8 @@ def derived_fields(kind, config):
 def rotary_theta(data, path):
     """Qwen's rotary embedding in its newer or older spelling -> {} or {"rope_theta": ...}."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not plain or rope.get("partial_rotary_factor", 1) != 1:
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{path}: only the plain rotary embedding is supported, not {rope!r}")
     if any(layer != "full_attention" for layer in data.get("layer_types") or ()):
         raise UserError(f"{path}: only full_attention is supported in layer_types")
@@ -781,7 +784,7 @@ PREFIXES = {
     "vae": ("", "vae.", "first_stage_model."),
 }
 UNUSED_ENDINGS = ("scaled_fp8", "text_encoders.qwen3_4b.logit_scale")
-SAMPLING_FILE = "sampling.json"       # has them in an official directory: diffusers knows the shift only
+SAMPLING_FILE = "sampling.json"       # our settings in an official directory, beside the shift
 
 
 def find_parts(path, named):
@@ -814,17 +817,12 @@ def find_single_files(path, named):
     places = {}
     if path.is_file():
         places = dict.fromkeys(split_parts(read_header(path)[0], path), path)
-    beside = {}
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
-        with suppress(UserError):             # adapters and other models may lie there, too
-            kinds = split_parts(read_header(file)[0], file).keys()
-            for kind in kinds - places.keys() - named.keys():
-                beside.setdefault(kind, []).append(file)
-    for kind, files in beside.items():
-        if len(files) > 1:
-            raise UserError(f"{folder} has several files for the {kind} "
-                            f"({some([file.name for file in files])}); name one of them")
-        places[kind] = files[0]
+    for kind, files in files_by_network(folder).items():
+        if kind not in places and kind not in named:
+            if len(files) > 1:
+                raise UserError(f"{folder} has several files for the {kind}, name one of them: "
+                                f"{some([file.name for file in files])}")
+            places[kind] = files[0]
     for tokenizer in (folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json"):
         if tokenizer.exists():
             places.setdefault("tokenizer", tokenizer)
@@ -834,6 +832,16 @@ def find_single_files(path, named):
     return places
 
 
+def files_by_network(folder):
+    """{kind: files in this folder that hold such a network}."""
+    found = {}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+        with suppress(UserError):             # adapters and other models may lie there, too
+            for kind in split_parts(read_header(file)[0], file):
+                found.setdefault(kind, []).append(file)
+    return found
+
+
 def download(name, named):
     """Fetches of a model on the hub what is not named -> its folder in huggingface_hub's cache.
 
@@ -841,8 +849,8 @@ def download(name, named):
     """
     from huggingface_hub import errors, snapshot_download
 
-    wanted = ["model_index.json", "scheduler/*.json", "config.json", SAMPLING_FILE, "tokenizer/*.j*",
-              "tokenizer.json"]
+    wanted = ["model_index.json", "scheduler/*.json", "config.json", SAMPLING_FILE,
+              "tokenizer/*.j*", "tokenizer.json"]
     for kind, folder in FOLDERS.items():
         wanted.append(f"{folder}/config.json")
         if kind not in named:

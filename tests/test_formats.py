@@ -1,18 +1,17 @@
-"""Files of other programs: names, adapters, GGUF, quantized weights. Fixtures: tests/data/formats."""
+"""Files of other programs: names, adapters, GGUF, quantized weights (tests/data/formats)."""
 
 import hashlib
 import json
 import struct
 
-import numpy as np
 import pytest
 import torch
-from conftest import DATA, TINY, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_weights
 import formats
+from conftest import DATA, TINY, relative_error
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, official_tensors
 from model import Text
 
@@ -418,7 +417,8 @@ def test_gguf_without_the_package(monkeypatch):
 def test_formats_with_tiled_scales(name):
     file = FORMATS / f"comfy_quantized/{name}.safetensors"
     weights = formats.with_scales(*formats.read_header(file))
-    for layer, values in load_file(FORMATS / f"comfy_quantized/expected_{name}.safetensors").items():
+    expected = load_file(FORMATS / f"comfy_quantized/expected_{name}.safetensors")
+    for layer, values in expected.items():
         assert formats.fits(weights[layer], values.shape)
         assert torch.equal(formats.dequantize(weights[layer], 0, values.shape), values)
         if "qkv" in layer:                        # the second of three that are stacked
@@ -478,12 +478,11 @@ def test_descriptions_of_quantized_layers(tmp_path, comfy, rowwise, described):
 ])
 def test_quantized_files_that_are_refused(tmp_path, weights, change, words):
     layer = "layers.0.attention.to_q"
-    numbers, scale = convert_weights.quantize_int8(weights["dit"][f"{layer}.weight"])
+    numbers, scale = formats.quantize_int8(weights["dit"][f"{layer}.weight"])
     tensors = {**weights["dit"], f"{layer}.weight": numbers, f"{layer}.weight_scale": scale}
     for key, value in change.items():
-        if isinstance(value, bytes):
-            value = torch.from_numpy(np.frombuffer(value, np.uint8).copy())
-        tensors[f"{layer}.{key}"] = value
+        is_text = isinstance(value, bytes)
+        tensors[f"{layer}.{key}"] = torch.tensor(list(value), dtype=torch.uint8) if is_text else value
     save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=words):
         official(path=tmp_path / "x.safetensors")
