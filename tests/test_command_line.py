@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+import hardware
 import sampler
 from conftest import ROOT, TINY, Failing, Recorder, refused, run, run_here
 
@@ -408,7 +409,7 @@ def test_no_warning_without_a_reason(options):
 
 def test_int8_says_once_where_it_is_not_faster(monkeypatch):
     for has_int8, count in ((False, 1), (True, 0)):
-        monkeypatch.setattr(sampler, "CPU_HAS_INT8", has_int8)
+        monkeypatch.setattr(hardware, "CPU_HAS_INT8", has_int8)
         assert draw("a cat", *SMALL, "--weights", "int8").stderr.count("warning: ") == count
 
 

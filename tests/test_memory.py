@@ -8,10 +8,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import hardware
 import sampler
 from conftest import TINY, Failing, Recorder, relative_error
+from hardware import hadamard, quantize_rows, rotate, rotation_group
 from model import VAE, Attention, VAEConfig, rotate_pairs
-from sampler import hadamard, quantize_rows, rotate, rotation_group
 
 PROMPTS = ["a cat", "two dogs in the snow at dusk"]
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def vae():
 
 def tiled(vae, tile, above=0):
     other = copy.deepcopy(vae)
-    sampler.use_tiles(other, tile, above)
+    hardware.use_tiles(other, tile, above)
     return other
 
 
@@ -52,9 +53,9 @@ def test_tiles_are_exact_in_the_limit(vae, monkeypatch, way, h, w):
     x = torch.randn(shape) + torch.linspace(-1, 1, shape[-1])    # the tiles differ
     whole = getattr(vae, way)(x)
     in_tiles = tiled(vae, 12)
-    monkeypatch.setattr(sampler, "PASSES", len(group_norms(vae)) + 1)
+    monkeypatch.setattr(hardware, "PASSES", len(group_norms(vae)) + 1)
     assert relative_error(getattr(in_tiles, way)(x), whole) < 1e-5
-    monkeypatch.setattr(sampler, "PASSES", 1)                    # statistics of one tile do not do
+    monkeypatch.setattr(hardware, "PASSES", 1)                    # statistics of one tile do not do
     assert relative_error(getattr(in_tiles, way)(x), whole) > 0.02
     assert all("forward" not in vars(norm) for norm in group_norms(in_tiles))
 
@@ -65,7 +66,7 @@ def test_there_is_no_seam(vae, monkeypatch):
     whole, edge, in_tiles = vae.decode(z), torch.arange(8, 32, 8) * 8, tiled(vae, 8)
 
     def step(passes):
-        monkeypatch.setattr(sampler, "PASSES", passes)
+        monkeypatch.setattr(hardware, "PASSES", passes)
         steps = (in_tiles.decode(z) - whole).diff(dim=-1).abs().mean((0, 1, 2))
         return float(steps[edge - 1].mean() / steps.mean())      # at edges, beside the average
 
@@ -80,8 +81,8 @@ def test_one_tile_is_the_whole(vae):
 
 @pytest.mark.parametrize("above, is_tiled", [(64 * 64, False), (64 * 64 - 1, True)])
 def test_small_images_are_not_tiled(vae, monkeypatch, above, is_tiled):
-    calls = Recorder(sampler.in_tiles)
-    monkeypatch.setattr(sampler, "in_tiles", calls)
+    calls = Recorder(hardware.in_tiles)
+    monkeypatch.setattr(hardware, "in_tiles", calls)
     in_tiles = tiled(vae, 4, above)
     latents = in_tiles.encode(torch.rand(1, 3, 64, 64))
     in_tiles.decode(latents)
@@ -121,7 +122,7 @@ class Places:
     """Remembers where the tensors of modules lie -> the names of modules that lie elsewhere."""
 
     def __init__(self, modules):
-        self.home = {name: [(t, t.data_ptr()) for t in sampler.tensors_of(module)]
+        self.home = {name: [(t, t.data_ptr()) for t in hardware.tensors_of(module)]
                      for name, module in modules.items()}
 
     def loaded(self):
@@ -138,11 +139,11 @@ def test_networks_take_turns(pipeline, is_tiled):
     """The network that computes is loaded, alone and whole, and the pictures are the same."""
     turns = sampler.load_pipeline(TINY)
     if is_tiled:
-        sampler.use_tiles(turns.vae, 4, 0)
+        hardware.use_tiles(turns.vae, 4, 0)
     expected = sampler.generate(turns, **OPTIONS)
     networks = {"text_encoder": turns.text_encoder, "dit": turns.dit, "vae": turns.vae}
     places, order = Places(networks), []
-    sampler.TakeTurns(networks.values(), CPU)
+    hardware.TakeTurns(networks.values(), CPU)
     for name, network in networks.items():
         for module in network.modules():
             if not [*module.children()]:
@@ -158,7 +159,7 @@ def test_networks_take_turns(pipeline, is_tiled):
 def test_a_network_that_fails_in_its_turn(pipeline, monkeypatch):
     turns = sampler.load_pipeline(TINY)
     expected = sampler.generate(turns, **OPTIONS)
-    sampler.TakeTurns([turns.text_encoder, turns.dit, turns.vae], CPU)
+    hardware.TakeTurns([turns.text_encoder, turns.dit, turns.vae], CPU)
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(turns.dit.final_layer, "forward", Failing(KeyError()))
         sampler.generate(turns, **OPTIONS)
@@ -168,7 +169,7 @@ def test_a_network_that_fails_in_its_turn(pipeline, monkeypatch):
 def streamed_pipeline(weights=None):
     pipeline = sampler.load_pipeline(TINY)
     if weights:
-        sampler.quantize(pipeline.dit, weights)
+        hardware.quantize(pipeline.dit, weights)
     return pipeline
 
 
@@ -181,7 +182,7 @@ def test_streamed_blocks(weights):
     stacks = [[*encoder.layers], [*dit.context_refiner], [*dit.noise_refiner, *dit.layers]]
     blocks = {(i, j): block for i, stack in enumerate(stacks) for j, block in enumerate(stack)}
     places, calls = Places(blocks), []
-    sampler.stream_blocks(pipeline)
+    hardware.stream_blocks(pipeline)
     for key, block in blocks.items():
         block.register_forward_pre_hook(
             lambda module, x, key=key: calls.append((key, places.wholly_loaded())))
@@ -194,7 +195,7 @@ def test_streamed_blocks(weights):
 
 def test_a_stream_holds_two_blocks_at_most():
     blocks = [nn.Linear(4, 4) for _ in range(5)]
-    stream, counts = sampler.BlockStream(blocks, CPU), []
+    stream, counts = hardware.BlockStream(blocks, CPU), []
     for i, block in enumerate(blocks):
         block.register_forward_pre_hook(
             lambda module, x, i=i: counts.append((i in stream.loaded, len(stream.loaded))))
@@ -210,7 +211,7 @@ def test_a_streamed_block_that_fails_gives_its_weights_back(monkeypatch):
     pipeline = streamed_pipeline()
     expected = sampler.generate(pipeline, **OPTIONS)
     places = Places({"dit": pipeline.dit})
-    sampler.stream_blocks(pipeline)
+    hardware.stream_blocks(pipeline)
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(pipeline.dit.layers[1].feed_forward, "forward", Failing(KeyError()))
         sampler.generate(pipeline, **OPTIONS)
@@ -220,17 +221,17 @@ def test_a_streamed_block_that_fails_gives_its_weights_back(monkeypatch):
 
 def test_what_stays_on_the_device(monkeypatch):
     """All but the blocks and the word embeddings moves to the device at once."""
-    monkeypatch.setattr(sampler, "BlockStream", Recorder(lambda *arguments, **options: None))
-    monkeypatch.setattr(sampler, "TakeTurns", Recorder(lambda *arguments: None))
+    monkeypatch.setattr(hardware, "BlockStream", Recorder(lambda *arguments, **options: None))
+    monkeypatch.setattr(hardware, "TakeTurns", Recorder(lambda *arguments: None))
     pipeline = streamed_pipeline()
     pipeline.device = torch.float64                              # a move that can be seen
-    sampler.stream_blocks(pipeline)
+    hardware.stream_blocks(pipeline)
     encoder, dit = pipeline.text_encoder, pipeline.dit
-    on_host = sampler.tensors_of(*encoder.layers, *dit.context_refiner, *dit.noise_refiner,
+    on_host = hardware.tensors_of(*encoder.layers, *dit.context_refiner, *dit.noise_refiner,
                                  *dit.layers, encoder.embed_tokens)
     assert {tensor.dtype for tensor in on_host} == {torch.float32}
-    moved = [tensor for tensor in sampler.tensors_of(dit) if tensor.dtype == torch.float64]
-    assert len(moved) + len(on_host) == len(sampler.tensors_of(encoder, dit))
+    moved = [tensor for tensor in hardware.tensors_of(dit) if tensor.dtype == torch.float64]
+    assert len(moved) + len(on_host) == len(hardware.tensors_of(encoder, dit))
 
 
 # --- One byte for each weight ---------------------------------------------------------------------
@@ -293,12 +294,12 @@ def slow_scaled_mm(a, b, scale_a, scale_b, out_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantized_layers(monkeypatch, kind, sizes, limit, has_products, dtype):
     """Near the product with the original weights, by both ways of multiplying, in both dtypes."""
-    monkeypatch.setattr(sampler, "has_products", has_products)
+    monkeypatch.setattr(hardware, "has_products", has_products)
     monkeypatch.setattr(torch, "_scaled_mm", slow_scaled_mm)
     net = nn.Sequential(nn.Linear(*sizes, bias=False))
     x = torch.randn(2, 5, sizes[0])
     expected = net(x).detach()
-    sampler.quantize(net, kind)
+    hardware.quantize(net, kind)
     assert net[0].weight.dtype.itemsize == 1
     with torch.no_grad():
         y = net(x.to(dtype))
@@ -314,7 +315,7 @@ def test_quantized_layers(monkeypatch, kind, sizes, limit, has_products, dtype):
 
 def test_outliers_do_not_spoil_int8(monkeypatch):
     """One channel a hundred times larger: without rotation it takes the range of all others."""
-    monkeypatch.setattr(sampler, "has_products", has_all)
+    monkeypatch.setattr(hardware, "has_products", has_all)
     layer = nn.Linear(256, 64, bias=False)
     x = torch.randn(32, 256)
     x[:, 7] *= 100
@@ -323,7 +324,7 @@ def test_outliers_do_not_spoil_int8(monkeypatch):
     for group in (1, 256):
         rows, scale = quantize_rows(rotate(layer.weight.detach(), hadamard(group)), torch.int8)
         quantized = copy.deepcopy(layer)
-        sampler.bind(sampler.Int8Linear, quantized, rows, scale, group)
+        hardware.bind(hardware.Int8Linear, quantized, rows, scale, group)
         small = expected - torch.outer(x[:, 7], layer.weight[:, 7]).detach()   # the other channels
         errors[group] = float((quantized(x) - expected).norm() / small.norm())
     assert errors[256] < 0.5 * errors[1]
@@ -332,15 +333,15 @@ def test_outliers_do_not_spoil_int8(monkeypatch):
 def test_quantize_takes_the_blocks_only(pipeline):
     """Every layer without bias, and nothing else; a second call changes nothing."""
     plain = pipeline.dit.state_dict()
-    dit = sampler.quantize(copy.deepcopy(pipeline.dit), "fp8")
+    dit = hardware.quantize(copy.deepcopy(pipeline.dit), "fp8")
     state = dit.state_dict()
     linear = {f"{name}.weight" for name, m in dit.named_modules()
-              if isinstance(m, sampler.Float8Linear)}
+              if isinstance(m, hardware.Float8Linear)}
     assert len(linear) == 7 * len([*dit.layers, *dit.noise_refiner, *dit.context_refiner])
     for name, weight in plain.items():
         expected = quantize_rows(weight, torch.float8_e4m3fn)[0] if name in linear else weight
         assert torch.equal(state[name].float(), expected.float()), name
-    sampler.quantize(dit, "int8")
+    hardware.quantize(dit, "int8")
     assert all(torch.equal(dit.state_dict()[name].float(), state[name].float()) for name in state)
 
 
@@ -348,14 +349,14 @@ def test_quantize_takes_the_blocks_only(pipeline):
 @pytest.mark.parametrize("kind, limit", [("fp8", 0.1), ("int8", 0.05)])
 @pytest.mark.parametrize("has_products", [has_all, has_none])
 def test_quantized_networks(pipeline, monkeypatch, kind, limit, has_products):
-    monkeypatch.setattr(sampler, "has_products", has_products)
+    monkeypatch.setattr(hardware, "has_products", has_products)
     monkeypatch.setattr(torch, "_scaled_mm", slow_scaled_mm)
     text = sampler.encode_prompts(pipeline, PROMPTS)
     x, t = torch.randn(2, 16, 8, 8), torch.tensor([0.4, 0.9])
     v = pipeline.dit(x, t, text)
-    dit = sampler.quantize(copy.deepcopy(pipeline.dit), kind)
+    dit = hardware.quantize(copy.deepcopy(pipeline.dit), kind)
     assert 1e-4 < relative_error(dit(x, t, text), v) < limit
-    encoder = sampler.quantize(copy.deepcopy(pipeline.text_encoder), kind)
+    encoder = hardware.quantize(copy.deepcopy(pipeline.text_encoder), kind)
     quantized = sampler.Pipeline(**{**vars(pipeline), "text_encoder": encoder})
     features = sampler.encode_prompts(quantized, PROMPTS).features
     assert 1e-4 < relative_error(features, text.features) < limit
@@ -367,7 +368,7 @@ def test_stored_scales_may_be_one_number(kind):
     weight = torch.randn(3, 256)
     dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
     scale = weight.abs().max() / (448 if kind == "fp8" else 127)
-    sampler.KEEP[kind](layer, (weight / scale).round().to(dtype), scale)
+    hardware.KEEP[kind](layer, (weight / scale).round().to(dtype), scale)
     x = torch.randn(4, 256)
     back = layer.weight.float() * scale
     rotated = rotate(x, hadamard(256)) if kind == "int8_convrot" else x
@@ -379,12 +380,12 @@ def test_stored_scales_may_be_one_number(kind):
 
 @pytest.fixture
 def with_bfloat16(monkeypatch):
-    monkeypatch.setattr(sampler, "CPU_HAS_BFLOAT16", True)
+    monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", True)
 
 
 @pytest.fixture
 def without_bfloat16(monkeypatch):
-    monkeypatch.setattr(sampler, "CPU_HAS_BFLOAT16", False)
+    monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", False)
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
@@ -393,7 +394,7 @@ def test_attention_as_two_products(shape, is_masked, monkeypatch):
     q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
     mask = (torch.rand(shape[0], 1, 1, shape[2]) > 0.3) if is_masked else None
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
-    attend = sampler.Bfloat16Attention.attend
+    attend = hardware.Bfloat16Attention.attend
     assert relative_error(attend(q, k, v, attn_mask=mask), exact) < 1e-2     # with gradients on
     monkeypatch.setattr(F, "scaled_dot_product_attention", Failing(KeyError()))
     with torch.no_grad():
@@ -409,25 +410,25 @@ def large_and_small(dtype):
 
 
 @pytest.mark.parametrize("dtype, bfloat16_is_fast, classes", [
-    (torch.float32, False, [sampler.CPULinear, nn.Linear]),
-    (torch.float32, True, [sampler.CPULinear, nn.Linear]),
-    (torch.bfloat16, False, [sampler.CPULinear, sampler.CPULinear]),
+    (torch.float32, False, [hardware.CPULinear, nn.Linear]),
+    (torch.float32, True, [hardware.CPULinear, nn.Linear]),
+    (torch.bfloat16, False, [hardware.CPULinear, hardware.CPULinear]),
     (torch.bfloat16, True, [nn.Linear, nn.Linear])])
 def test_which_layers_get_another_kernel(monkeypatch, dtype, bfloat16_is_fast, classes):
-    monkeypatch.setattr(sampler, "CPU_HAS_BFLOAT16", bfloat16_is_fast)
+    monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", bfloat16_is_fast)
     net = large_and_small(dtype)
-    assert [type(layer) for layer in sampler.use_cpu_kernels(net)] == classes
+    assert [type(layer) for layer in hardware.use_cpu_kernels(net)] == classes
     attention = nn.Sequential(Attention(32, 2, 2, 16, 1e-5, rotate_pairs).to(dtype))
-    sampler.use_cpu_kernels(attention)
+    hardware.use_cpu_kernels(attention)
     is_replaced = dtype == torch.bfloat16 and bfloat16_is_fast
-    assert isinstance(attention[0], sampler.Bfloat16Attention) == is_replaced
+    assert isinstance(attention[0], hardware.Bfloat16Attention) == is_replaced
 
 
 def test_linear_by_onednn(monkeypatch):
     net = large_and_small(torch.float32)
     x = torch.randn(2, 5, 1024)
     expected = net(x).detach()
-    sampler.use_cpu_kernels(net)
+    hardware.use_cpu_kernels(net)
     assert relative_error(net(x).detach(), expected) < 1e-6
     assert net(x).requires_grad                                  # with gradients PyTorch's own
     with torch.no_grad():
@@ -438,7 +439,7 @@ def test_linear_by_onednn(monkeypatch):
 
 def test_bfloat16_where_its_products_are_slow(without_bfloat16, monkeypatch):
     """Multiplied in float32, and rounded once."""
-    net = sampler.use_cpu_kernels(large_and_small(torch.bfloat16))
+    net = hardware.use_cpu_kernels(large_and_small(torch.bfloat16))
     x = torch.randn(2, 5, 1024).bfloat16()
     exact = x.double() @ net[0].weight.double().t() + net[0].bias.double()
     linear = Recorder(F.linear)
@@ -456,14 +457,14 @@ def test_kernels_change_no_picture(pipeline, with_bfloat16, dtype, limit):
     expected = sampler.generate(sampler.load_pipeline(TINY, dtype=dtype), **options)
     fast = sampler.load_pipeline(TINY, dtype=dtype)
     for net in (fast.text_encoder, fast.dit, fast.vae):
-        sampler.use_cpu_kernels(net)
+        hardware.use_cpu_kernels(net)
     assert relative_error(sampler.generate(fast, **options), expected) < limit
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("apply", [
-    sampler.use_cpu_kernels, lambda net: sampler.quantize(net, "int8"),
-    lambda net: sampler.quantize(net, "fp8")])
+    hardware.use_cpu_kernels, lambda net: hardware.quantize(net, "int8"),
+    lambda net: hardware.quantize(net, "fp8")])
 def test_changed_networks_compile_to_one_graph(pipeline, apply):
     dit = copy.deepcopy(pipeline.dit)
     apply(dit)
