@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import json
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 
 import hardware
 import sampler
-from conftest import TINY, Failing, Recorder, relative_error
+from conftest import DATA, TINY, Failing, Recorder, relative_error
+from convert_weights import UserError
 from hardware import hadamard, quantize_rows, rotate, rotation_group
 from model import VAE, Attention, VAEConfig, rotate_pairs
 
@@ -486,3 +488,67 @@ def test_freed_memory_is_kept_where_glibc_is(monkeypatch):
     for error in (OSError(), TypeError(), AttributeError()):     # no such library, Windows, musl
         monkeypatch.setattr(ctypes, "CDLL", Failing(error))
         sampler.keep_freed_memory()
+
+
+# --- Does it fit? ---------------------------------------------------------------------------------
+
+
+class OfficialPiece:
+    """One tensor of the release, without its numbers."""
+    needed = True
+
+    def __init__(self, shape):
+        self.shape = shape
+        self.stored = self
+        self.dtype = torch.bfloat16
+
+
+class OfficialNetwork:
+    def __init__(self, shapes):
+        self.pieces = {name: OfficialPiece(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def release():
+    shapes = json.loads((DATA / "official_tensors.json").read_text(encoding="utf-8"))
+    kinds = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
+
+    class Release:
+        networks = {kind: OfficialNetwork(shapes[name]["tensors"]) for kind, name in kinds.items()}
+
+    return Release()
+
+
+@pytest.mark.parametrize("weights, offload, gigabytes", [
+    (None, None, 26), (None, "networks", 13), ("int8", "networks", 7), ("int8", None, 17),
+    (None, "blocks", 2.4)])
+def test_memory_of_the_release(release, weights, offload, gigabytes):
+    needed = hardware.memory_needed(release.networks, 2 ** 20, torch.bfloat16, weights, offload)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+@pytest.mark.parametrize("device, dtype, free, offers, others", [
+    ("cuda", torch.bfloat16, 15.7e9, ["--offload needs 12.9", "--weights int8 --offload needs"],
+     ["--weights int8 needs"]),
+    ("cuda", torch.bfloat16, 3e9, ["--offload blocks"], ["--offload needs"]),
+    ("cuda", torch.bfloat16, 1e9, ["smaller --size"], ["needs 1"]),
+    ("cpu", torch.float32, 30e9, ["--dtype bfloat16 needs", "--weights int8 needs"],
+     ["--offload"])])
+def test_what_makes_it_fit_is_named(release, monkeypatch, device, dtype, free, offers, others):
+    monkeypatch.setattr(hardware, "free_memory", lambda device: free)
+    with pytest.raises(UserError) as caught:
+        hardware.check_memory(release, torch.device(device), 2 ** 20, dtype)
+    assert all(words in str(caught.value) for words in offers), caught.value
+    assert not any(words in str(caught.value) for words in others), caught.value
+
+
+@pytest.mark.parametrize("device, free", [("cuda", 80e9), ("cuda", None), ("cpu", 8e9)])
+def test_what_fits_is_not_refused(release, monkeypatch, device, free):
+    """On a CPU the weights in their own dtype are mapped."""
+    monkeypatch.setattr(hardware, "free_memory", lambda device: free)
+    hardware.check_memory(release, torch.device(device), 2 ** 20, torch.bfloat16)
+
+
+def test_free_memory():
+    assert hardware.free_memory(CPU) is None or 1e7 < hardware.free_memory(CPU) < 1e14
+    assert hardware.free_memory(torch.device("mps")) is None
