@@ -240,10 +240,13 @@ def read_gguf(path):
             raise UserError(f"{path}: {name} is of GGUF's type {number}; {ADVICE}")
         kind, block, block_size = GGUF_TYPES[number]
         size = math.prod(dims) // block * block_size
-        if dims and dims[0] % block or start + offset + size > file_size:
+        if dims and dims[0] % block or offset % alignment or start + offset + size > file_size:
             raise ValueError(f"{name} is not where it should be")
         form = "plain" if kind in DTYPES else "gguf"
         found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
+    places = sorted((stored.start, stored.start + stored.size) for stored in found.values())
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
+        raise ValueError("tensors overlap")
     return found, metadata
 
 
@@ -974,4 +977,4 @@ def parse_json(text, where):
 def some(names, limit=8):
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(sorted(names)[:limit]) + more
+    return ", ".join(name[:200] for name in sorted(names)[:limit]) + more

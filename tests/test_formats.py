@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights
 import formats
+import fuzz_files
 from conftest import DATA, TINY, relative_error
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, official_tensors
 from model import Text
@@ -481,8 +482,9 @@ def test_quantized_files_that_are_refused(tmp_path, weights, change, words):
     numbers, scale = formats.quantize_int8(weights["dit"][f"{layer}.weight"])
     tensors = {**weights["dit"], f"{layer}.weight": numbers, f"{layer}.weight_scale": scale}
     for key, value in change.items():
-        is_text = isinstance(value, bytes)
-        tensors[f"{layer}.{key}"] = torch.tensor(list(value), dtype=torch.uint8) if is_text else value
+        if isinstance(value, bytes):
+            value = torch.tensor(list(value), dtype=torch.uint8)  # noqa: PLW2901
+        tensors[f"{layer}.{key}"] = value
     save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=words):
         official(path=tmp_path / "x.safetensors")
@@ -541,3 +543,10 @@ def test_a_tensor_that_is_not_aligned(tmp_path):
     file.write_bytes(struct.pack("<Q", len(text)) + text + values.numpy().tobytes())
     tensors, _ = formats.read_header(file)
     assert tensors["x"].start % 4 and torch.equal(formats.read(tensors["x"]), values)
+
+
+def test_damaged_files():
+    """A sample of tests/tools/fuzz_files.py, which says what is good."""
+    errors, loaded, faults = fuzz_files.run(56, seed=0)
+    assert not faults
+    assert errors > 20 and loaded > 5
