@@ -10,10 +10,12 @@ They are applied in this order, then dit.compile(). None is needed. A layer gets
 keeps its tensors; hooks decide where the tensors lie.
 """
 
+import ctypes
 import itertools
 import math
+import os
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -419,6 +421,54 @@ def use_tiles(vae, tile=64, above=2e6):
     vae.encoder.__class__, vae.decoder.__class__ = TiledEncoder, TiledDecoder
     for part in (vae.encoder, vae.decoder):
         part.tile, part.above, part.factor = tile, above, vae.config.downsampling
+
+
+# --- Devices and their errors -------------------------------------------------------------------
+
+
+def find_device(name):
+    """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
+    if name == "auto":
+        found = "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else found
+        if found == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun
+            found = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
+                        "--device cpu, or leave it out") from None
+    return device
+
+
+def keep_freed_memory():
+    """Asks Linux's C library to keep large freed blocks.
+
+    It would return them to the system, which fills them with zeros before the next step.
+    """
+    with suppress(AttributeError, OSError, TypeError):           # another C library
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 2 ** 30)
+        mallopt(trim_threshold, 2 ** 30)
+
+
+@contextmanager
+def advise_on_errors(advice):
+    """Turns what PyTorch raises for lack of memory, of a compiler or of a kernel into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError("torch.compile does not work here, leave out --compile: "
+                            + str(error).splitlines()[0]) from None
+        if "No viable backend for scaled_dot_product_attention" in str(error):
+            raise UserError("--attention: this kernel does not run here; leave it out") from None
+        lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(lack, str(error)):
+            raise UserError(f"out of memory; try {advice}") from None
+        raise
 
 
 # --- Does it fit? -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,17 @@ except KeyboardInterrupt:
 import convert_weights
 import hardware
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
-from hardware import KEEP, TakeTurns, quantize, stream_blocks, use_cpu_kernels, use_tiles
+from hardware import (
+    KEEP,
+    TakeTurns,
+    advise_on_errors,
+    find_device,
+    keep_freed_memory,
+    quantize,
+    stream_blocks,
+    use_cpu_kernels,
+    use_tiles,
+)
 from model import PATCH, VAE, DiT, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's, for one message
@@ -176,10 +186,7 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = check_size(pipeline, height, width)
     times = recommended_times(pipeline, steps, shift)
-    steps = len(times) - 1
-    times = times[int(max(steps - min(steps * strength, steps), 0)):]
-    if len(times) < 2:
-        raise UserError(f"strength {strength} leaves none of {steps} steps: raise one of them")
+    times = times[-1 - steps_left(len(times) - 1, strength):]
     vae_noise, drawn = latent_noise(pipeline, height, width, seed, len(prompts))
     latents = encode_image(pipeline, image, vae_noise)           # (B, C, h, w)
     noise = drawn if noise is None else noise.cpu()
@@ -229,6 +236,14 @@ def recommended_times(pipeline, steps=None, shift=None):
         warnings.warn(f"this model was distilled for {pipeline.trained_steps} steps; with {steps} "
                       f"its images are worse: use --steps {pipeline.trained_steps}", stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
+
+
+def steps_left(steps, strength):
+    """How many of the steps image to image takes: the last ones, as in the official pipeline."""
+    left = steps - int(max(steps - min(steps * strength, steps), 0))
+    if left < 1:
+        raise UserError(f"strength {strength} leaves none of {steps} steps: raise one of them")
+    return left
 
 
 def latent_noise(pipeline, height, width, seed, batch):
@@ -281,14 +296,18 @@ def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False
 # What is optional, to need less memory or time, is applied to the loaded networks: hardware.py.
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, **parts):
+def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, check=None,
+                  **parts):
     """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
     path: a directory of the official layout or ours, one file, or a name on the hub. parts: files
     that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters: (file,
     strength) pairs of LoRAs. keep: formats to keep as they are stored, such as hardware.KEEP.
+    check(checkpoint): called before any weight is read.
     """
     checkpoint = open_checkpoint(path, **parts)
+    if check:
+        check(checkpoint)
     networks = checkpoint.networks
     if checkpoint.shift_assumed:
         warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
@@ -466,18 +485,20 @@ def word_of(name, value):
     return flags[name][value] if name in flags else f"{option}={value}"
 
 
-def fingerprint(path):
-    """convert_weights.fingerprint; None for the name of a model on the hub."""
-    return convert_weights.fingerprint(path) if Path(path).exists() else None
+def file_mark(path):
+    """The name and the fingerprint of a file or model; of one on the hub the name alone."""
+    if Path(path).exists():
+        return Path(path).resolve().name, convert_weights.fingerprint(path)
+    return str(path), None
 
 
 def find_file(picture, option, name, digest):
     """The file or model that a picture was made with: here, beside the picture, or bundled."""
-    for path in (Path(name), Path(picture).parent / name, *BUNDLED):
-        if path.exists() and fingerprint(path) == digest:
-            return str(path)
-    if digest is None:                        # a hub name
+    if digest is None:
         return name
+    for path in (Path(name), Path(picture).parent / name, *BUNDLED):
+        if path.exists() and file_mark(path)[1] == digest:
+            return str(path)
     raise UserError(f"it was made with {name}, which is not here or has changed; name it with "
                     f"--{option.replace('_', '-')}")
 
@@ -522,7 +543,8 @@ def fit_size(pipeline, image, height=None, width=None):
 
     def misfit(rows):
         columns = nearest(rows * ratio)
-        return 2 * abs(math.log(columns / rows / ratio)) + abs(math.log(rows * columns / area))
+        larger = math.log(rows * columns / area)
+        return 2 * abs(math.log(columns / rows / ratio)) + abs(larger) + max(2 * larger, 0)
 
     rows = min(range(1, limit + 1), key=misfit)
     if height or width:
@@ -531,7 +553,7 @@ def fit_size(pipeline, image, height=None, width=None):
 
 
 def enlarge(image, how):
-    """Shows small pictures at a whole multiple of their size, 256 pixels or more on each side."""
+    """Small pictures at a whole multiple of their size, 256 pixels or more on each side."""
     factor = 1 if how == "none" else -(-256 // min(image.size))
     size = [side * factor for side in image.size]
     return image if factor == 1 else image.resize(size, Image.Resampling[how.upper()])
@@ -555,51 +577,11 @@ def save_png(image, path, info, index=0):
     return name
 
 
-def find_device(name):
-    """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
-    if name == "auto":
-        found = "mps" if torch.backends.mps.is_available() else "cpu"
-        found = "cuda" if torch.cuda.is_available() else found
-        if found == "cuda" and WORLD > 1:
-            found = f"cuda:{os.environ['LOCAL_RANK']}"
-        return torch.device(found)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
-                        "--device cpu, or leave it out") from None
-    return device
-
-
-def keep_freed_memory():
-    """Asks Linux's C library to keep large freed blocks.
-
-    It would return them to the system, which fills them with zeros before the next step.
-    """
-    import ctypes
-
-    with suppress(AttributeError, OSError, TypeError):           # another C library
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(mmap_threshold, 2 ** 30)
-        mallopt(trim_threshold, 2 ** 30)
-
-
-@contextmanager
-def advise_on_errors(advice):
-    """Turns what PyTorch raises for lack of memory, of a compiler or of a kernel into advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError("torch.compile does not work here, leave out --compile: "
-                            + str(error).splitlines()[0]) from None
-        if "No viable backend for scaled_dot_product_attention" in str(error):
-            raise UserError("--attention: this kernel does not run here; leave it out") from None
-        lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(lack, str(error)):
-            raise UserError(f"out of memory; try {advice}") from None
-        raise
+def check_memory(args, device, dtype, checkpoint):
+    """UserError, with advice, if the run needs more memory than there is."""
+    size = checkpoint.settings.get("size", 1024)
+    pixels = args.batch_size * setting(args.height, size) * setting(args.width, size)
+    hardware.check_memory(checkpoint, device, pixels, dtype, args.weights, args.offload)
 
 
 def build(args, device, dtype):
@@ -607,11 +589,8 @@ def build(args, device, dtype):
     home = "cpu" if args.offload or args.weights else device
     keep = {name: KEEP[name] for name in KEEP if name != "fp8" or args.weights == "fp8"}
     parts = {name: getattr(args, name) for name in ("dit", "text_encoder", "vae", "tokenizer")}
-    checkpoint = open_checkpoint(args.model, **parts)
-    size = checkpoint.settings.get("size", 1024)
-    pixels = args.batch_size * setting(args.height, size) * setting(args.width, size)
-    hardware.check_memory(checkpoint, device, pixels, dtype, args.weights, args.offload)
-    pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, **parts)
+    check = partial(check_memory, args, device, dtype)
+    pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, check, **parts)
     pipeline.device = device
     networks = pipeline.text_encoder, pipeline.dit, pipeline.vae
     for net in networks[:2] if args.weights else ():
@@ -671,7 +650,7 @@ def make_record(args, pipeline, dtype, settings, size):
         options["strength"] = args.strength
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
-    entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
+    entries = {name: [(*file_mark(path), *more) for path, *more in value]
                for name, value in entries.items()}
     return {**options, "model": pipeline.name, "files": json.dumps(entries),
             "options": json.dumps([*options])}
@@ -694,8 +673,8 @@ def read_batches(args):
 def draw(args, pipeline, record, function):
     """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end."""
     count = len(args.prompt) * args.num_images
-    steps = None if args.loop else record["steps"] * -(-count // args.batch_size)
-    with tqdm(total=steps, unit="step", disable=RANK > 0) as bar:
+    steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
+    with tqdm(total=None if args.loop else steps, unit="step", disable=RANK > 0) as bar:
         def after_step(*_):
             bar.update(WORLD)
 

@@ -483,11 +483,11 @@ def test_freed_memory_is_kept_where_glibc_is(monkeypatch):
         mallopt = Recorder(lambda *arguments: 1)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    sampler.keep_freed_memory()
+    hardware.keep_freed_memory()
     assert {call[0] for call in Library.mallopt.calls} == {-1, -3}   # as in malloc.h
     for error in (OSError(), TypeError(), AttributeError()):     # no such library, Windows, musl
         monkeypatch.setattr(ctypes, "CDLL", Failing(error))
-        sampler.keep_freed_memory()
+        hardware.keep_freed_memory()
 
 
 # --- Does it fit? ---------------------------------------------------------------------------------

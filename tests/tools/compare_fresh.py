@@ -25,7 +25,7 @@ import convert_weights
 import sampler
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "tiny" / "tokenizer"
-PROMPTS = ["a cat", "Neon sign “造相 Z-Image” at night, rain and many more words to make it long", ""]
+PROMPTS = ["a cat", "Neon sign “造相 Z-Image” at night, rain and many more words, to be long", ""]
 RUNS = [(4, 6, 8, 0.0), (3, 3, 4, 3.0), (9, 5, 1, 0.0), (2, 2, 13, 1.5)]  # h, w, steps, guidance
 
 
