@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -29,6 +30,7 @@ from model import Attention, Decoder, Encoder
 # On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
 # a CPU lacks them, bfloat16 products are 16 times slower than float32, and int8 ones 50 times.
 CPU_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU_HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
@@ -91,7 +93,8 @@ class QuantizedLinear(nn.Linear):
             return self.product(rows, row_scale, x.dtype).unflatten(0, x.shape[:-1])
         is_slow = x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16
         dtype = torch.float32 if is_slow else x.dtype
-        y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.flatten().to(dtype)
+        product = float32_product if x.is_cpu and dtype == torch.float32 else F.linear
+        y = product(x.to(dtype), self.weight.to(dtype)) * self.scale.flatten().to(dtype)
         return y.to(x.dtype)
 
 
@@ -152,21 +155,20 @@ def quantize(net, kind, device=None):
 # --- Kernels for CPUs ---------------------------------------------------------------------------
 
 
-class CPULinear(nn.Linear):
-    """nn.Linear on a CPU, by the kernel that is fastest there.
+def float32_product(x, weight, bias=None):
+    """x W^T + b by oneDNN: 1.1 to 1.7 times as fast as PyTorch's own choice on AMD processors."""
+    # This operation has no backward, and compilers choose kernels themselves.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not HAS_ONEDNN:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    float32: oneDNN, 1.1 to 1.7 times as fast as PyTorch's own choice on AMD processors. bfloat16
-    without such instructions: a product in float32, 16 times as fast.
-    """
+
+class CPULinear(nn.Linear):
+    """nn.Linear on a CPU in float32, also for bfloat16 where there are no such instructions."""
 
     def forward(self, x):
-        # oneDNN's operation has no backward, and compilers choose kernels themselves.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if x.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+        return float32_product(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class Bfloat16Attention(Attention):
@@ -194,7 +196,6 @@ class Bfloat16Attention(Attention):
 
 def use_cpu_kernels(net):
     """Gives the layers of a network on a CPU the classes that are faster there -> net."""
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     for layer in net.modules():
         if type(layer) is Attention and CPU_HAS_BFLOAT16:
             if layer.to_q.weight.dtype == torch.bfloat16:
@@ -203,7 +204,7 @@ def use_cpu_kernels(net):
             dtype = layer.weight.dtype
             # Small products are up to 10 % slower through oneDNN.
             is_large = layer.weight.numel() >= 2 ** 20
-            if dtype == torch.float32 and is_large and has_onednn:
+            if dtype == torch.float32 and is_large and HAS_ONEDNN:
                 layer.__class__ = CPULinear
             if dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16:
                 layer.__class__ = CPULinear
@@ -312,6 +313,59 @@ def stream_blocks(pipeline):
     for blocks in stacks:
         BlockStream([*blocks], device, pin=blocks is stacks[-1])
     TakeTurns([pipeline.vae], device)
+
+
+# --- One image on several devices ---------------------------------------------------------------
+
+
+def gather(x, dim):
+    """The shares of all processes, one after the other along a dimension."""
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.contiguous())
+    return torch.cat(shares, dim)
+
+
+class SplitTokens(nn.Module):
+    """Blocks of a DiT of which each process computes an equal share of the tokens.
+
+    All but attention treats every token alone. Attention takes the keys and values of all
+    processes, so that each of its queries sees all tokens.
+    """
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+        for block in blocks:
+            block.attention.attend = partial(self.attend, block.attention.attend)
+
+    def share(self, x):
+        """This process's part of x (B, S, ...), padded so that all parts have the same length."""
+        length = -(-self.length // dist.get_world_size())
+        first = dist.get_rank() * length
+        padding = length * dist.get_world_size() - self.length
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))[:, first:first + length]
+
+    def attend(self, attend, q, k, v, **options):
+        k, v = gather(torch.stack((k, v)), 3)[..., :self.length, :]          # (B, H, S, d)
+        return attend(q, k, v, **options)
+
+    def forward(self, x, rope, mask, c):
+        self.length = x.shape[1]
+        cos, sin = rope
+        x, rope = self.share(x), (self.share(cos), self.share(sin))
+        for block in self.blocks:
+            x = block(x, rope, mask, c)
+        return gather(x, 1)[:, :self.length]                     # (B, S, dim)
+
+
+def split_tokens(dit):
+    """Lets all processes of the default group compute a DiT's every call together.
+
+    The heads stay whole: 30 of them do not divide by 4. What does not see the image (the context
+    refiner) is computed by every process.
+    """
+    dit.noise_refiner = nn.ModuleList([SplitTokens(dit.noise_refiner)])
+    dit.layers = nn.ModuleList([SplitTokens(dit.layers)])
 
 
 # --- The VAE in tiles ---------------------------------------------------------------------------
@@ -493,16 +547,19 @@ def weight_bytes(network, dtype, weights=None):
     return size
 
 
-def memory_needed(networks, pixels, dtype, weights=None, offload=None):
+def memory_needed(networks, size, dtype, weights=None, offload=None):
     """An estimate of the bytes that a run needs on its device.
 
-    networks: of a Checkpoint. pixels: of all images of a batch. Activations take about 0.6 GB for
-    each megapixel in the DiT, 5 GB in the VAE, and at most 2 GB there in tiles.
+    networks: of a Checkpoint. size: (pixels of an image, images of a batch). The activations of
+    the release take about 0.6 GB for each megapixel in the DiT, 5 GB in the VAE, which decodes
+    one image at a time, and at most 2 GB there in tiles.
     """
+    pixels, batch = size
     encoder = weight_bytes(networks["text_encoder"], dtype, weights)
     dit = weight_bytes(networks["dit"], dtype, weights)
     vae = weight_bytes(networks["vae"], torch.float32)
-    dit_work, vae_work = 600 * pixels, 5000 * pixels
+    dit_work = 600 * pixels * batch * networks["dit"].config.dim / 3840
+    vae_work = 5000 * pixels * networks["vae"].config.block_out_channels[0] / 128
     if offload == "blocks" or pixels > 2e6:
         vae_work = min(vae_work, 2e9)
     if offload == "blocks":                   # about two blocks of 34, and what is in no block
@@ -512,7 +569,7 @@ def memory_needed(networks, pixels, dtype, weights=None, offload=None):
     return encoder + dit + vae + max(dit_work, vae_work)
 
 
-def check_memory(checkpoint, device, pixels, dtype, weights=None, offload=None):
+def check_memory(checkpoint, device, size, dtype, weights=None, offload=None):
     """Compares what a run needs with what is free, before anything is loaded.
 
     UserError if it needs more than is free, with the options that make it fit. On a CPU, weights
@@ -520,7 +577,7 @@ def check_memory(checkpoint, device, pixels, dtype, weights=None, offload=None):
     """
     free, networks = free_memory(device), checkpoint.networks
     is_mapped = device.type == "cpu" and not weights and dtype == common_dtype(networks["dit"])
-    needed = memory_needed(networks, pixels, dtype, weights, offload)
+    needed = memory_needed(networks, size, dtype, weights, offload)
     if free is None or is_mapped or needed <= free:
         return
     options = [("--offload", dtype, None, "networks"), ("--weights int8", dtype, "int8", None),
@@ -531,7 +588,7 @@ def check_memory(checkpoint, device, pixels, dtype, weights=None, offload=None):
         options = [("--dtype bfloat16", torch.bfloat16, None, None),
                    ("--weights int8", dtype, "int8", None),
                    ("--dtype bfloat16 --weights int8", torch.bfloat16, "int8", None)]
-    sizes = [(words, memory_needed(networks, pixels, *how)) for words, *how in options]
-    fitting = [f"{words} needs {size / 1e9:.1f}" for words, size in sizes if size <= free]
+    needs = [(words, memory_needed(networks, size, *how)) for words, *how in options]
+    fitting = [f"{words} needs {need / 1e9:.1f}" for words, need in needs if need <= free]
     raise UserError(f"this needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
                     + (", ".join(fitting) or "no option makes it fit; use a smaller --size"))

@@ -400,6 +400,8 @@ def make_parser():
     add("--tile", action=argparse.BooleanOptionalAction,
         help="VAE in tiles (default: above 2 megapixels, and with --offload blocks)")
     add("--attention", choices=[*ATTENTION], help="the kernel (default: what PyTorch picks)")
+    add("--context-parallel", action="store_true", default=None,
+        help="with torchrun: all processes compute each image together")
     add("--compile", action="store_true", help="a slow start, then faster steps", default=None)
     add("--upscale", choices=["none", "nearest", "lanczos"],
         help="how to enlarge pictures under 256 pixels (default lanczos)")
@@ -440,6 +442,10 @@ def parse_arguments(arguments=None):
     if args.model is None:
         args.model = find_bundled()
     add_prompts(args)
+    if args.context_parallel and (WORLD == 1 or args.offload):
+        raise UserError("--context-parallel needs torchrun, and does not go with --offload")
+    # Which of the images are this process's: every WORLD-th batch, or all of them.
+    args.share = (0, 1) if args.context_parallel else (RANK, WORLD)
     return args
 
 
@@ -541,15 +547,18 @@ def fit_size(pipeline, image, height=None, width=None):
     def nearest(side):
         return min(max(round(side), 1), limit)
 
-    def misfit(rows):
-        columns = nearest(rows * ratio)
+    def misfit(shape):
+        rows, columns = shape
         larger = math.log(rows * columns / area)
         return 2 * abs(math.log(columns / rows / ratio)) + abs(larger) + max(2 * larger, 0)
 
-    rows = min(range(1, limit + 1), key=misfit)
     if height or width:
         rows = height / multiple if height else nearest(width / multiple / ratio)
-    return setting(height, rows * multiple), setting(width, nearest(rows * ratio) * multiple)
+        columns = nearest(rows * ratio)
+    else:
+        rows, columns = min(((rows, nearest(min(rows * ratio, 1.25 * area / rows)))
+                             for rows in range(1, limit + 1)), key=misfit)
+    return setting(height, rows * multiple), setting(width, columns * multiple)
 
 
 def enlarge(image, how):
@@ -580,8 +589,9 @@ def save_png(image, path, info, index=0):
 def check_memory(args, device, dtype, checkpoint):
     """UserError, with advice, if the run needs more memory than there is."""
     size = checkpoint.settings.get("size", 1024)
-    pixels = args.batch_size * setting(args.height, size) * setting(args.width, size)
-    hardware.check_memory(checkpoint, device, pixels, dtype, args.weights, args.offload)
+    pixels = setting(args.height, size) * setting(args.width, size)
+    batch = min(args.batch_size, args.num_images * len(args.prompt))
+    hardware.check_memory(checkpoint, device, (pixels, batch), dtype, args.weights, args.offload)
 
 
 def build(args, device, dtype):
@@ -592,13 +602,23 @@ def build(args, device, dtype):
     check = partial(check_memory, args, device, dtype)
     pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, check, **parts)
     pipeline.device = device
-    networks = pipeline.text_encoder, pipeline.dit, pipeline.vae
-    for net in networks[:2] if args.weights else ():
-        quantize(net, args.weights, home if args.offload else device)
-    for net in networks if device.type == "cpu" else ():
-        use_cpu_kernels(net)
+    for net in (pipeline.text_encoder, pipeline.dit):
+        if args.weights:
+            quantize(net, args.weights, home if args.offload else device)
+    for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
+        if device.type == "cpu":
+            use_cpu_kernels(net)
     if args.tile is not False:
         use_tiles(pipeline.vae, above=0 if args.tile or args.offload == "blocks" else 2e6)
+    place(args, pipeline)
+    if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
+        torch.set_num_threads(1)              # more gain a small network nothing
+    return pipeline
+
+
+def place(args, pipeline):
+    """Puts the networks where they compute, then compiles the DiT if that is asked for."""
+    networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
     if args.offload == "blocks":
         stream_blocks(pipeline)
     elif args.offload:
@@ -606,11 +626,11 @@ def build(args, device, dtype):
     else:
         for net in networks:
             net.to(device)
+    if args.context_parallel:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hardware.split_tokens(pipeline.dit)
     if args.compile:
         pipeline.dit.compile()
-    if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
-        torch.set_num_threads(1)              # more gain a small network nothing
-    return pipeline
 
 
 def find_bundled():
@@ -663,9 +683,9 @@ def read_batches(args):
         groups = ([line.strip()] * args.num_images for line in sys.stdin if line.strip())
     else:
         groups = [[prompt for prompt in args.prompt for _ in range(args.num_images)]]
-    done = 0
+    done, (rank, world) = 0, args.share
     for prompts in groups:
-        for first in range(RANK * args.batch_size, len(prompts), WORLD * args.batch_size):
+        for first in range(rank * args.batch_size, len(prompts), world * args.batch_size):
             yield done + first, prompts[first:first + args.batch_size]
         done += len(prompts)
 
@@ -676,7 +696,7 @@ def draw(args, pipeline, record, function):
     steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
     with tqdm(total=None if args.loop else steps, unit="step", disable=RANK > 0) as bar:
         def after_step(*_):
-            bar.update(WORLD)
+            bar.update(args.share[1])
 
         for first, prompts in read_batches(args):
             bar.set_description("drawing" if args.loop else f"{first + 1} of {count}")
@@ -689,7 +709,7 @@ def draw(args, pipeline, record, function):
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
                 continue
             seconds = round(time.perf_counter() - start, 2)
-            for i, image in enumerate(images):
+            for i, image in enumerate(images if RANK in (0, args.share[0]) else ()):
                 entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
@@ -736,6 +756,8 @@ def main():
     kernel = ATTENTION.get(args.attention)
     with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
         draw(args, pipeline, record, function)
+    if args.context_parallel:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

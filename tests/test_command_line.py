@@ -259,7 +259,7 @@ def test_like_with_files_that_are_no_png(tmp_path, name):
     ((500, 300), [], (80, 48)),
     ((256, 256), [], (64, 64)),              # the model's own picture, enlarged
     ((7, 7), [], (64, 64)),
-    ((1000, 10), [], (256, 16)),             # as far as the number of pixels allows
+    ((1000, 10), [], (320, 16)),             # as far as the number of pixels allows
     ((101, 70), ["--size", "32x48"], (32, 48)),
     ((100, 50), ["--width", 64], (64, 32)),
     ((100, 50), ["--height", 64], (128, 64))])
@@ -524,6 +524,7 @@ def test_processes_share_the_images_out(monkeypatch):
     draw(*prompts, *SMALL, "--out", "one.png")
     for rank in (1, 0, 2):                                       # in any order
         monkeypatch.setattr(sampler, "RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         monkeypatch.setattr(sampler, "WORLD", 3)
         result = draw(*prompts, *SMALL, "--out", "many.png")
         assert len(result.stdout.splitlines()) == (2 if rank < 2 else 1)
@@ -543,6 +544,20 @@ def test_torchrun(tmp_path):
     assert {f.name for f in tmp_path.glob("*.png")} == {"image.png", "image-1.png", "image-2.png"}
     assert sorted(line.split()[0] for line in result.stdout.splitlines()) == [
         "image-1.png", "image-2.png", "image.png"]
+
+
+def test_torchrun_with_one_image(tmp_path):
+    """--context-parallel: both processes compute the same picture, and one of them saves it."""
+    draw("a cat", "a dog", *SMALL, "--out", "one.png")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               ROOT / "sampler.py", "a cat", "a dog", *map(str, SMALL), "--context-parallel",
+               "--out", "two.png"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert {f.name for f in tmp_path.glob("two*.png")} == {"two.png", "two-1.png"}
+    for name in (".png", "-1.png"):
+        assert np.abs(pixels(f"one{name}") - pixels(f"two{name}")).max() <= 1
+    refused(run_here(sampler.main, "a cat", *SMALL, "--context-parallel"), "torchrun")
 
 
 # --- The process and its surroundings -------------------------------------------------------------

@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import hardware
 import sampler
 from conftest import DATA, TINY, Failing, Recorder, relative_error
-from convert_weights import UserError
+from convert_weights import NETWORKS, UserError
 from hardware import hadamard, quantize_rows, rotate, rotation_group
 from model import VAE, Attention, VAEConfig, rotate_pairs
 
@@ -444,13 +445,13 @@ def test_bfloat16_where_its_products_are_slow(without_bfloat16, monkeypatch):
     net = hardware.use_cpu_kernels(large_and_small(torch.bfloat16))
     x = torch.randn(2, 5, 1024).bfloat16()
     exact = x.double() @ net[0].weight.double().t() + net[0].bias.double()
-    linear = Recorder(F.linear)
-    monkeypatch.setattr(F, "linear", linear)
+    product = Recorder(hardware.float32_product)
+    monkeypatch.setattr(hardware, "float32_product", product)
     with torch.no_grad():
         y = net[0](x)
     assert y.dtype == torch.bfloat16
     assert (y != exact.bfloat16()).float().mean() < 0.01
-    assert [arguments[0].dtype for arguments in linear.calls] == [torch.float32]
+    assert [arguments[0].dtype for arguments in product.calls] == [torch.float32]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -490,6 +491,30 @@ def test_freed_memory_is_kept_where_glibc_is(monkeypatch):
         hardware.keep_freed_memory()
 
 
+# --- One image on several devices -----------------------------------------------------------------
+
+
+def draw_in_parallel(rank, processes, folder):
+    """One of several processes, each of which computes a share of the tokens."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
+                            world_size=processes)
+    pipeline = sampler.load_pipeline(TINY)
+    hardware.split_tokens(pipeline.dit)
+    latents = sampler.generate(pipeline, **{**OPTIONS, "output": "latent"})
+    torch.save(latents, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_split_tokens(pipeline, tmp_path, processes):
+    """Every process gets the latents of a single one; a ragged batch, with guidance."""
+    torch.multiprocessing.spawn(draw_in_parallel, (processes, str(tmp_path)), processes)
+    expected = sampler.generate(pipeline, **{**OPTIONS, "output": "latent"})
+    for rank in range(processes):
+        assert relative_error(torch.load(tmp_path / f"{rank}.pt"), expected) < 1e-5
+
+
 # --- Does it fit? ---------------------------------------------------------------------------------
 
 
@@ -504,7 +529,8 @@ class OfficialPiece:
 
 
 class OfficialNetwork:
-    def __init__(self, shapes):
+    def __init__(self, kind, shapes):
+        self.config = NETWORKS[kind][1]()
         self.pieces = {name: OfficialPiece(shape) for name, shape in shapes.items()}
 
 
@@ -514,7 +540,8 @@ def release():
     kinds = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
 
     class Release:
-        networks = {kind: OfficialNetwork(shapes[name]["tensors"]) for kind, name in kinds.items()}
+        networks = {kind: OfficialNetwork(kind, shapes[name]["tensors"])
+                    for kind, name in kinds.items()}
 
     return Release()
 
@@ -523,7 +550,8 @@ def release():
     (None, None, 26), (None, "networks", 13), ("int8", "networks", 7), ("int8", None, 17),
     (None, "blocks", 2.4)])
 def test_memory_of_the_release(release, weights, offload, gigabytes):
-    needed = hardware.memory_needed(release.networks, 2 ** 20, torch.bfloat16, weights, offload)
+    size = 2 ** 20, 1
+    needed = hardware.memory_needed(release.networks, size, torch.bfloat16, weights, offload)
     assert needed / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
@@ -537,7 +565,7 @@ def test_memory_of_the_release(release, weights, offload, gigabytes):
 def test_what_makes_it_fit_is_named(release, monkeypatch, device, dtype, free, offers, others):
     monkeypatch.setattr(hardware, "free_memory", lambda device: free)
     with pytest.raises(UserError) as caught:
-        hardware.check_memory(release, torch.device(device), 2 ** 20, dtype)
+        hardware.check_memory(release, torch.device(device), (2 ** 20, 1), dtype)
     assert all(words in str(caught.value) for words in offers), caught.value
     assert not any(words in str(caught.value) for words in others), caught.value
 
@@ -546,7 +574,7 @@ def test_what_makes_it_fit_is_named(release, monkeypatch, device, dtype, free, o
 def test_what_fits_is_not_refused(release, monkeypatch, device, free):
     """On a CPU the weights in their own dtype are mapped."""
     monkeypatch.setattr(hardware, "free_memory", lambda device: free)
-    hardware.check_memory(release, torch.device(device), 2 ** 20, torch.bfloat16)
+    hardware.check_memory(release, torch.device(device), (2 ** 20, 1), torch.bfloat16)
 
 
 def test_free_memory():
