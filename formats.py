@@ -244,6 +244,10 @@ def read_gguf(path):
             raise ValueError(f"{name} is not where it should be")
         form = "plain" if kind in DTYPES else "gguf"
         found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
+    architecture = metadata.get("general.architecture", ARCHITECTURES[0])
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path} holds a network of the architecture {architecture!r}; Z-Image has "
+                        f"{' or '.join(ARCHITECTURES)}")
     places = sorted((stored.start, stored.start + stored.size) for stored in found.values())
     if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
         raise ValueError("tensors overlap")
@@ -291,7 +295,8 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 def with_scales(tensors, metadata):
     """Puts what stands beside a weight into its Stored, and takes it out of the names."""
     text = metadata.get("_quantization_metadata", "{}")
-    layers = parse_json(text, "the _quantization_metadata of a file").get("layers") or {}
+    layers = parse_json(text, "the _quantization_metadata of a file").get("layers")
+    layers = layers if isinstance(layers, dict) else {}
     weights = {}
     for name, stored in tensors.items():
         layer, _, key = name.rpartition(".")
@@ -312,19 +317,28 @@ def with_scales(tensors, metadata):
 def with_format(stored, options):
     """Puts the format of a tensor into its Stored. options: ComfyUI's description, or None."""
     options = {"format": options} if isinstance(options, str) else options or {}
-    options = {**options, **(options.get("params") or {})}      # an older spelling
+    if isinstance(options, dict) and isinstance(options.get("params"), dict):
+        options = {**options, **options["params"]}            # an older spelling
+    if not isinstance(options, dict):
+        raise UserError(f"{stored.file}: {stored.name} is described by {options!r}")
     guess = {"I8": "int8_tensorwise", "F8_E5M2": "float8_e5m2"}.get(stored.kind, "float8_e4m3fn")
-    form = options.get("format", stored.format if stored.scales[0] is None else guess)
+    form = str(options.get("format", stored.format if stored.scales[0] is None else guess))
     group = options.get("convrot_groupsize", ROTATED) if options.get("convrot") else 0
-    scales = [scale is not None for scale in stored.scales]
-    if form in ("plain", "gguf"):
-        good = (form == "gguf" or stored.kind in PLAIN) and not any(scales)
-    else:
-        good = FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
-    if not good or group not in (0, 4, 16, 64, 256, 1024) or group and stored.shape[-1] % group:
+    if not is_read(stored, form, group):
         raise UserError(f"{stored.file}: {stored.name} is of type {stored.kind} in the format "
                         f"{form!r}, which this project does not read; {ADVICE}")
     return stored._replace(format=form, group=group)
+
+
+def is_read(stored, form, group):
+    """Whether type, scales and group of a tensor are those of its format."""
+    scales = [scale is not None for scale in stored.scales]
+    if form in ("plain", "gguf"):
+        return (form == "gguf" or stored.kind in PLAIN) and not any(scales)
+    fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
+    if not fits_group or (group and stored.shape[-1] % group):
+        return False
+    return FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
 
 
 def dequantize(stored, first, shape):
@@ -527,10 +541,14 @@ def adapter_scale(where, parts, official, settings):
     if not low:                               # LoKr of two whole matrices: its alpha means nothing
         return 1.0
     rank = low[0].shape[0]
+    patterns = settings.get("alpha_pattern") or {}
     alpha, root = settings.get("lora_alpha", rank), bool(settings.get("use_rslora"))
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
-            alpha = value
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
+                alpha = value
+    except (AttributeError, re.error) as error:
+        raise UserError(f"{where}: alpha_pattern is {patterns!r}: {error}") from None
     if "alpha" in parts:
         alpha, root = read(parts["alpha"]).float().flatten().tolist()[:1], False
         alpha = alpha[0] if alpha else None
@@ -549,7 +567,7 @@ def check_adapter(where, parts, shape):
         given = tuple(adapter_product(empty).shape)
     except (RuntimeError, IndexError):
         given = "of shapes that do not go together"
-    if given != shape or 0 in shape:
+    if given != shape or any(0 in parts[key].shape for key in kind):
         raise UserError(f"{where} is made for another model: it is {given}, the weight is {shape}")
 
 
@@ -627,6 +645,22 @@ NETWORKS = {
 }
 
 
+# The rest of an official directory: the same for every checkpoint.
+OFFICIAL_JSON = {
+    "tokenizer/tokenizer_config.json": {
+        "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 131072, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "add_bos_token": False},
+    "model_index.json": {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"]},
+}
+
+
 def parse_config(kind, data, path, official):
     """A JSON object -> the network's configuration. UserError where there is no such network."""
     fields = {field.name: field.default for field in dataclasses.fields(NETWORKS[kind][1])}
@@ -650,6 +684,22 @@ def parse_config(kind, data, path, official):
     if official:
         check_values(data, derived_fields(kind, config), path)
     return config
+
+
+def write_official_json(folder, configs, settings):
+    """Writes the configurations of an official directory. configs: {kind: configuration}."""
+    for kind, config in configs.items():
+        data = {**REQUIRED[kind], **dataclasses.asdict(config), **derived_fields(kind, config)}
+        if kind == "text_encoder":
+            data |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+        write_json(folder / FOLDERS[kind] / "config.json", data)
+    scheduler = {**REQUIRED["scheduler"], "shift": settings["shift"]}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    more = {key: value for key, value in settings.items() if key != "shift"}
+    if more:
+        write_json(folder / SAMPLING_FILE, more)
+    for name, content in OFFICIAL_JSON.items():
+        write_json(folder / name, content)
 
 
 def embedded_config(kind, metadata):
@@ -697,7 +747,8 @@ def rotary_theta(data, path):
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{path}: only the plain rotary embedding is supported, not {rope!r}")
-    if any(layer != "full_attention" for layer in data.get("layer_types") or ()):
+    layer_types = data.get("layer_types") or []
+    if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
         raise UserError(f"{path}: only full_attention is supported in layer_types")
     return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
@@ -708,7 +759,7 @@ def check_official(data, kind, path, known):
     if name not in data and name in ("_class_name", "model_type"):
         raise UserError(f"{path} has no {name}, so it is not that of a {REQUIRED[kind][name]}")
     check_values(data, REQUIRED[kind], path)
-    for key in data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known:
+    for key in sorted(data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known):
         warnings.warn(f"{path}: {key} is not known, and ignored", stacklevel=2)
 
 
@@ -772,6 +823,23 @@ def check_chat_template(folder):
     if len(prompts) > 1:
         raise UserError(f"{path}: the chat template is not Qwen3's, which Z-Image was trained with")
 
+
+def check_together(tokenizer, text_encoder, dit, vae):
+    """UserError where tokenizer and configurations do not belong together."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    problem = None
+    if largest >= text_encoder.vocab_size:
+        problem = f"the tokenizer's token {largest} is not among {text_encoder.vocab_size}"
+    elif dit.cap_feat_dim != text_encoder.hidden_size:
+        problem = "the DiT expects text features of another width"
+    elif dit.in_channels != vae.latent_channels:
+        problem = "DiT and VAE have different latent channels"
+    elif dit.axes_lens[0] < 514:              # a caption of 512 tokens, the image behind it
+        problem = "the DiT has no positions for 512 text tokens"
+    if problem:
+        raise UserError(f"the parts of the model do not belong together: {problem}")
+
+
 # --- Models: which files belong together --------------------------------------------------------
 
 FOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
@@ -786,6 +854,7 @@ PREFIXES = {
     "dit": ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer."),
     "vae": ("", "vae.", "first_stage_model."),
 }
+ARCHITECTURES = ("qwen3", "lumina2", "pig", "cow")    # of GGUF files; not all name one
 UNUSED_ENDINGS = ("scaled_fp8", "text_encoders.qwen3_4b.logit_scale")
 SAMPLING_FILE = "sampling.json"       # our settings in an official directory, beside the shift
 
@@ -795,7 +864,7 @@ def find_parts(path, named):
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
         path = download(str(path), named)
     path = Path(path)
-    if (path / "dit.safetensors").exists():
+    if (path / "dit.safetensors").exists() and (path / "config.json").exists():
         config = read_json(path / "config.json")
         settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
         places = {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}
@@ -806,6 +875,7 @@ def find_parts(path, named):
     config = read_json(source)
     check_official(config, "scheduler", source, {"shift"})
     more = read_json(path / SAMPLING_FILE) if (path / SAMPLING_FILE).exists() else {}
+    check_settings(more, path / SAMPLING_FILE)
     check_chat_template(path / "tokenizer")
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
@@ -923,13 +993,13 @@ def shard_files(folder):
             raise UserError(f"{folder} holds no .safetensors file: the weights are missing")
         return files if "-of-" in files[0].name else files[:1]
     weight_map = read_json(indices[0]).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     for name in names or [None]:
         good = isinstance(name, str) and Path(name).name == name and "\\" not in name
         if not good or not name.endswith(".safetensors"):
             raise UserError(f"{indices[0]} names the shard {name!r}, which is not the name of a "
                             ".safetensors file in this directory")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]
 
 
 # --- Small things ------------------------------------------------------------------------------
