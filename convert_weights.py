@@ -185,7 +185,7 @@ def official_tensors(network, adapters=()):
     for name, piece in network.pieces.items():
         tensor = formats.dequantize(piece.stored, piece.first, piece.shape)
         for change in changes.get(name, ()):
-            tensor = tensor.float() + change()
+            tensor = change(tensor.float())
         yield name, tensor
 
 

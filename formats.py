@@ -368,8 +368,13 @@ def dequantize(stored, first, shape):
 
 def quantize_int8(weight):
     """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
-    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale
+    parts = []
+    for rows in weight.split(256):            # few enough to stay in the processor's cache
+        numbers = rows.float()
+        scale = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        parts.append(((numbers / scale).round().to(torch.int8), scale))
+    numbers, scales = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(scales)
 
 
 def row_scales(stored, first, rows):
@@ -475,23 +480,22 @@ ADAPTER_KINDS = [
 
 
 def read_adapters(adapters, modules):
-    """(file, strength) pairs -> {official name: [functions that give its change, float32]}.
+    """(file, strength) pairs -> {official name: [functions of a weight, float32 -> changed]}.
 
     modules: {name of a module in such files: [(official name, shape) of the weights in it]}.
     """
     changes = {}
     for path, strength in adapters:
         for name, candidates in read_adapter(Path(path), strength, modules).items():
-            change = partial(one_change, path, name, candidates)
-            changes.setdefault(name, []).append(change)
+            changes.setdefault(name, []).append(partial(add_change, path, name, candidates))
     return changes
 
 
 def read_adapter(path, strength, modules):
-    """An adapter file -> {official name: [functions that give its change]}.
+    """An adapter file -> {official name: [(scale, parts, first row)]}.
 
-    UserError for anything in the file that cannot be used. Several functions for one name: the
-    file says it twice.
+    UserError for anything in the file that cannot be used. Two for one name: the file says it
+    twice.
     """
     tensors, settings = open_adapter(path)
     found, strange = {}, []                   # prefix and module -> {part: Stored}
@@ -513,9 +517,9 @@ def read_adapter(path, strength, modules):
         check_adapter(f"{path}: {stem}", parts, (sum(rows), shapes[0][1]))
         scale = strength * adapter_scale(f"{path}: {stem}", parts, names[0], settings)
         for i, name in enumerate(names):
-            change = partial(adapter_change, parts, scale, sum(rows[:i]), rows[i])
             # A module of its own (one name) comes before one that stands for q, k and v.
-            changes.setdefault(name, []).insert(0 if len(names) == 1 else 9, change)
+            place = 0 if len(names) == 1 else 9
+            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i])))
     return changes
 
 
@@ -582,22 +586,27 @@ def adapter_product(parts):
     return factors[0] * factors[1] if "hada_w1_a" in parts else torch.kron(*factors)
 
 
-def adapter_change(parts, scale, first, rows):
-    """Rows of the change of a weight, float32."""
+def change_rows(parts, first, rows):
+    """Some rows of the change of a weight, float32, without its scale."""
     tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
     if "B" in tensors:                        # the rows of B A are those of B
-        tensors["B"] = tensors["B"][first:first + rows]
-        first = 0
-    return scale * adapter_product(tensors)[first:first + rows]
+        return tensors["B"][first:first + rows] @ tensors["A"]
+    return adapter_product(tensors)[first:first + rows]
 
 
-def one_change(path, name, candidates):
-    """The change of one weight. Where a file says it twice, as q and as qkv, it counts once."""
-    change, *others = (candidate() for candidate in candidates)
-    for other in others:
+def add_change(path, name, candidates, weight):
+    """weight + scale * change. Where a file says a change twice (q and qkv), it counts once."""
+    (scale, parts, first), *others = candidates
+    rows = len(weight)
+    for other_scale, *place in others:
+        change = scale * change_rows(parts, first, rows)
+        other = other_scale * change_rows(*place, rows)
         if (other - change).norm() > 0.02 * change.norm():
             raise UserError(f"{path} says two different things about {name}")
-    return change
+    if "B" in parts:                          # in one step, to spare memory
+        b, a = (read(parts[key]).float().flatten(1) for key in "BA")
+        return torch.addmm(weight, b[first:first + rows], a, alpha=scale)
+    return weight.add(change_rows(parts, first, rows), alpha=scale)
 
 
 # --- Configurations and tokenizers --------------------------------------------------------------
