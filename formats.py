@@ -240,7 +240,8 @@ def read_gguf(path):
             raise UserError(f"{path}: {name} is of GGUF's type {number}; {ADVICE}")
         kind, block, block_size = GGUF_TYPES[number]
         size = math.prod(dims) // block * block_size
-        if dims and dims[0] % block or offset % alignment or start + offset + size > file_size:
+        is_whole = not dims or dims[0] % block == 0
+        if not is_whole or offset % alignment or start + offset + size > file_size:
             raise ValueError(f"{name} is not where it should be")
         form = "plain" if kind in DTYPES else "gguf"
         found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
@@ -337,6 +338,8 @@ def is_read(stored, form, group):
         return (form == "gguf" or stored.kind in PLAIN) and not any(scales)
     fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
     if not fits_group or (group and stored.shape[-1] % group):
+        return False
+    if form == "nvfp4" and scales[1] and math.prod(stored.scales[1].shape) != 1:
         return False
     return FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
 
@@ -566,24 +569,36 @@ def check_adapter(where, parts, shape):
     kind = parts.keys() - {"alpha"}
     if kind not in ADAPTER_KINDS:
         raise UserError(f"{where} has only {some(parts.keys())}")
-    try:                                      # as one would multiply them, without numbers
-        empty = {key: torch.empty(parts[key].shape, device="meta").flatten(1) for key in kind}
-        given = tuple(adapter_product(empty).shape)
-    except (RuntimeError, IndexError):
-        given = "of shapes that do not go together"
-    if given != shape or any(0 in parts[key].shape for key in kind):
-        raise UserError(f"{where} is made for another model: it is {given}, the weight is {shape}")
+    given = adapter_shape({key: parts[key].shape for key in kind})
+    if given != shape:
+        raise UserError(f"{where} is made for another model: it gives {given or 'no matrix'}, the "
+                        f"weight is {shape}")
+
+
+def adapter_shape(shapes):
+    """The shape of adapter_product, from those of the parts; None where they do not go together."""
+    flat = {key: (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+            for key, shape in shapes.items()}
+    if "A" in flat:
+        flat = {"w_a": flat["B"], "w_b": flat["A"]}
+    matrices = [flat[name] for name in sorted(flat) if name[-1] in "12"]
+    for name in sorted(flat):
+        if name.endswith("_a"):
+            (rows, inner), (rank, columns) = flat[name], flat[f"{name[:-1]}b"]
+            matrices.append((rows, columns) if inner == rank > 0 else (0, 0))
+    if "hada_w1_a" in flat:
+        return matrices[0] if matrices[0] == matrices[1] else None
+    return tuple(map(math.prod, zip(*matrices, strict=True)))
 
 
 def adapter_product(parts):
     """The change of a weight without its scale: B A, or the products of LoHa and LoKr (LyCORIS)."""
     if "A" in parts:
         return parts["B"] @ parts["A"]
-    factors = [parts[f"{kind}_w{i}"] if f"{kind}_w{i}" in parts
-               else parts[f"{kind}_w{i}_a"] @ parts[f"{kind}_w{i}_b"]
-               for i in (1, 2) for kind in ("lokr", "hada") if any(key.startswith(f"{kind}_w{i}")
-                                                                    for key in parts)]
-    return factors[0] * factors[1] if "hada_w1_a" in parts else torch.kron(*factors)
+    kind = "hada" if "hada_w1_a" in parts else "lokr"
+    one, two = (parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+                for name in (f"{kind}_w1", f"{kind}_w2"))
+    return one * two if kind == "hada" else torch.kron(one, two)
 
 
 def change_rows(parts, first, rows):
@@ -652,8 +667,6 @@ NETWORKS = {
     "dit": (DiT, DiTConfig),
     "vae": (VAE, VAEConfig),
 }
-
-
 # The rest of an official directory: the same for every checkpoint.
 OFFICIAL_JSON = {
     "tokenizer/tokenizer_config.json": {
@@ -683,7 +696,8 @@ def parse_config(kind, data, path, official):
         raise UserError(f"{path}: the section {kind} misses or does not know "
                         f"{some(fields.keys() ^ data.keys())}")
     for name, default in fields.items():
-        if not has_type(data[name], type(default)) or "layers" in name and data[name] > 1000:
+        good = has_type(data[name], type(default))
+        if not good or ("layers" in name and data[name] > 1000):
             raise UserError(f"{path}: {name} should be {TYPES[type(default)]}, not {data[name]!r}")
     config = NETWORKS[kind][1](**{name: type(default)(data[name])
                                   for name, default in fields.items()})
@@ -727,7 +741,9 @@ def has_type(value, kind):
     """Whether a value from a JSON file can be an int above 0, a float, or a tuple of such ints."""
     if kind is tuple:
         return isinstance(value, (list, tuple)) and value and all(has_type(n, int) for n in value)
-    return is_number(value) and (kind is float or isinstance(value, int) and 0 < value < 2 ** 31)
+    if kind is float:
+        return is_number(value)
+    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
 
 
 def is_possible(kind, c):
