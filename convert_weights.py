@@ -112,8 +112,10 @@ LLAMA_NAMES = {
 
 # The linear layers whose weights may stay quantized: those of the blocks, without the time's.
 QUANTIZED = re.compile(r"\.\d+\.(attention|feed_forward|self_attn|mlp)\.(?!.*norm).*\.weight$")
-# The only tensors that are left out: a leftover of Lumina, the tied head, markers of formats.
+# The only tensors that are left out: a leftover of Lumina, the tied head.
 UNUSED = ("norm_final.weight", "lm_head.weight", "model.lm_head.weight", "output.weight")
+
+
 def comfy_name(kind, config, official):
     """The name of an official tensor in ComfyUI's files. q, k and v have one name in common."""
     name = rename(official, COMFY_NAMES[kind])
@@ -183,7 +185,7 @@ def official_tensors(network, adapters=()):
     for name, piece in network.pieces.items():
         tensor = formats.dequantize(piece.stored, piece.first, piece.shape)
         for change in changes.get(name, ()):
-            tensor = tensor.float() + change()
+            tensor = change(tensor.float())
         yield name, tensor
 
 
@@ -331,7 +333,7 @@ def linear_modules(network):
     return modules
 
 
-# --- Checkpoints: all parts of a model -----------------------------------------------------------
+# --- Checkpoints: all parts of a model ----------------------------------------------------------
 
 RELEASE, RELEASE_SHIFT = "Tongyi-MAI/Z-Image-Turbo", 3.0
 
@@ -366,25 +368,9 @@ def open_checkpoint(path=None, **named):
     if text and not settings:
         settings = formats.check_settings(parse_json(text, files["dit"]), files["dit"])
     tokenizer = formats.load_tokenizer(files["tokenizer"])
-    check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
+    formats.check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
     return Checkpoint(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
                       "shift" not in settings, files)
-
-
-def check_together(tokenizer, text_encoder, dit, vae):
-    """UserError where tokenizer and configurations do not belong together."""
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    problem = None
-    if largest >= text_encoder.vocab_size:
-        problem = f"the tokenizer's token {largest} is not among {text_encoder.vocab_size}"
-    elif dit.cap_feat_dim != text_encoder.hidden_size:
-        problem = "the DiT expects text features of another width"
-    elif dit.in_channels != vae.latent_channels:
-        problem = "DiT and VAE have different latent channels"
-    elif dit.axes_lens[0] < 514:              # a caption of 512 tokens, the image behind it
-        problem = "the DiT has no positions for 512 text tokens"
-    if problem:
-        raise UserError(f"the parts of the model do not belong together: {problem}")
 
 
 # --- Convert ------------------------------------------------------------------------------------
@@ -397,22 +383,6 @@ TARGETS = {           # layout -> the file of each network
     "comfy": {"text_encoder": "qwen_3_4b.safetensors", "dit": "z_image.safetensors",
               "vae": "ae.safetensors"},
 }
-# The rest of an official directory: the same for every checkpoint.
-OFFICIAL_JSON = {
-    "tokenizer/tokenizer_config.json": {
-        "tokenizer_class": "Qwen2Tokenizer", "chat_template": formats.CHAT_TEMPLATE,
-        "model_max_length": 131072, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "add_bos_token": False},
-    "model_index.json": {
-        "_class_name": "ZImagePipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
-        "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        "transformer": ["diffusers", "ZImageTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"]},
-}
-
-
 def convert(source, target, to="ours", dtype=None, adapters=(), **named):
     """Converts a model to a directory in the layout "ours", "official" or "comfy".
 
@@ -435,26 +405,10 @@ def convert(source, target, to="ours", dtype=None, adapters=(), **named):
         if to == "ours":
             write_json(folder / "config.json", {**configs, **checkpoint.settings})
         if to == "official":
-            write_official_json(folder, checkpoint)
+            configs = {kind: network.config for kind, network in checkpoint.networks.items()}
+            formats.write_official_json(folder, configs, checkpoint.settings)
         tokenizer = "tokenizer/tokenizer.json" if to == "official" else "tokenizer.json"
         checkpoint.tokenizer.save(str(folder / tokenizer))
-
-
-def write_official_json(folder, checkpoint):
-    """The configurations of an official directory."""
-    for kind, network in checkpoint.networks.items():
-        config = {**formats.REQUIRED[kind], **dataclasses.asdict(network.config),
-                  **formats.derived_fields(kind, network.config)}
-        if kind == "text_encoder":
-            config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
-        write_json(folder / formats.FOLDERS[kind] / "config.json", config)
-    settings = dict(checkpoint.settings)
-    scheduler = {**formats.REQUIRED["scheduler"], "shift": settings.pop("shift")}
-    write_json(folder / "scheduler/scheduler_config.json", scheduler)
-    if settings:
-        write_json(folder / formats.SAMPLING_FILE, settings)
-    for name, content in OFFICIAL_JSON.items():
-        write_json(folder / name, content)
 
 
 def write_network(network, path, to, metadata, dtype=None, adapters=()):

@@ -240,10 +240,15 @@ def read_gguf(path):
             raise UserError(f"{path}: {name} is of GGUF's type {number}; {ADVICE}")
         kind, block, block_size = GGUF_TYPES[number]
         size = math.prod(dims) // block * block_size
-        if dims and dims[0] % block or offset % alignment or start + offset + size > file_size:
+        is_whole = not dims or dims[0] % block == 0
+        if not is_whole or offset % alignment or start + offset + size > file_size:
             raise ValueError(f"{name} is not where it should be")
         form = "plain" if kind in DTYPES else "gguf"
         found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
+    architecture = metadata.get("general.architecture", ARCHITECTURES[0])
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path} holds a network of the architecture {architecture!r}; Z-Image has "
+                        f"{' or '.join(ARCHITECTURES)}")
     places = sorted((stored.start, stored.start + stored.size) for stored in found.values())
     if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
         raise ValueError("tensors overlap")
@@ -291,7 +296,8 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 def with_scales(tensors, metadata):
     """Puts what stands beside a weight into its Stored, and takes it out of the names."""
     text = metadata.get("_quantization_metadata", "{}")
-    layers = parse_json(text, "the _quantization_metadata of a file").get("layers") or {}
+    layers = parse_json(text, "the _quantization_metadata of a file").get("layers")
+    layers = layers if isinstance(layers, dict) else {}
     weights = {}
     for name, stored in tensors.items():
         layer, _, key = name.rpartition(".")
@@ -312,19 +318,30 @@ def with_scales(tensors, metadata):
 def with_format(stored, options):
     """Puts the format of a tensor into its Stored. options: ComfyUI's description, or None."""
     options = {"format": options} if isinstance(options, str) else options or {}
-    options = {**options, **(options.get("params") or {})}      # an older spelling
+    if isinstance(options, dict) and isinstance(options.get("params"), dict):
+        options = {**options, **options["params"]}            # an older spelling
+    if not isinstance(options, dict):
+        raise UserError(f"{stored.file}: {stored.name} is described by {options!r}")
     guess = {"I8": "int8_tensorwise", "F8_E5M2": "float8_e5m2"}.get(stored.kind, "float8_e4m3fn")
-    form = options.get("format", stored.format if stored.scales[0] is None else guess)
+    form = str(options.get("format", stored.format if stored.scales[0] is None else guess))
     group = options.get("convrot_groupsize", ROTATED) if options.get("convrot") else 0
-    scales = [scale is not None for scale in stored.scales]
-    if form in ("plain", "gguf"):
-        good = (form == "gguf" or stored.kind in PLAIN) and not any(scales)
-    else:
-        good = FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
-    if not good or group not in (0, 4, 16, 64, 256, 1024) or group and stored.shape[-1] % group:
+    if not is_read(stored, form, group):
         raise UserError(f"{stored.file}: {stored.name} is of type {stored.kind} in the format "
                         f"{form!r}, which this project does not read; {ADVICE}")
     return stored._replace(format=form, group=group)
+
+
+def is_read(stored, form, group):
+    """Whether type, scales and group of a tensor are those of its format."""
+    scales = [scale is not None for scale in stored.scales]
+    if form in ("plain", "gguf"):
+        return (form == "gguf" or stored.kind in PLAIN) and not any(scales)
+    fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
+    if not fits_group or (group and stored.shape[-1] % group):
+        return False
+    if form == "nvfp4" and scales[1] and math.prod(stored.scales[1].shape) != 1:
+        return False
+    return FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
 
 
 def dequantize(stored, first, shape):
@@ -354,8 +371,13 @@ def dequantize(stored, first, shape):
 
 def quantize_int8(weight):
     """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
-    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale
+    parts = []
+    for rows in weight.split(256):            # few enough to stay in the processor's cache
+        numbers = rows.float()
+        scale = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        parts.append(((numbers / scale).round().to(torch.int8), scale))
+    numbers, scales = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(scales)
 
 
 def row_scales(stored, first, rows):
@@ -461,23 +483,22 @@ ADAPTER_KINDS = [
 
 
 def read_adapters(adapters, modules):
-    """(file, strength) pairs -> {official name: [functions that give its change, float32]}.
+    """(file, strength) pairs -> {official name: [functions of a weight, float32 -> changed]}.
 
     modules: {name of a module in such files: [(official name, shape) of the weights in it]}.
     """
     changes = {}
     for path, strength in adapters:
         for name, candidates in read_adapter(Path(path), strength, modules).items():
-            change = partial(one_change, path, name, candidates)
-            changes.setdefault(name, []).append(change)
+            changes.setdefault(name, []).append(partial(add_change, path, name, candidates))
     return changes
 
 
 def read_adapter(path, strength, modules):
-    """An adapter file -> {official name: [functions that give its change]}.
+    """An adapter file -> {official name: [(scale, parts, first row)]}.
 
-    UserError for anything in the file that cannot be used. Several functions for one name: the
-    file says it twice.
+    UserError for anything in the file that cannot be used. Two for one name: the file says it
+    twice.
     """
     tensors, settings = open_adapter(path)
     found, strange = {}, []                   # prefix and module -> {part: Stored}
@@ -499,9 +520,9 @@ def read_adapter(path, strength, modules):
         check_adapter(f"{path}: {stem}", parts, (sum(rows), shapes[0][1]))
         scale = strength * adapter_scale(f"{path}: {stem}", parts, names[0], settings)
         for i, name in enumerate(names):
-            change = partial(adapter_change, parts, scale, sum(rows[:i]), rows[i])
             # A module of its own (one name) comes before one that stands for q, k and v.
-            changes.setdefault(name, []).insert(0 if len(names) == 1 else 9, change)
+            place = 0 if len(names) == 1 else 9
+            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i])))
     return changes
 
 
@@ -527,10 +548,14 @@ def adapter_scale(where, parts, official, settings):
     if not low:                               # LoKr of two whole matrices: its alpha means nothing
         return 1.0
     rank = low[0].shape[0]
+    patterns = settings.get("alpha_pattern") or {}
     alpha, root = settings.get("lora_alpha", rank), bool(settings.get("use_rslora"))
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
-            alpha = value
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
+                alpha = value
+    except (AttributeError, re.error) as error:
+        raise UserError(f"{where}: alpha_pattern is {patterns!r}: {error}") from None
     if "alpha" in parts:
         alpha, root = read(parts["alpha"]).float().flatten().tolist()[:1], False
         alpha = alpha[0] if alpha else None
@@ -544,42 +569,59 @@ def check_adapter(where, parts, shape):
     kind = parts.keys() - {"alpha"}
     if kind not in ADAPTER_KINDS:
         raise UserError(f"{where} has only {some(parts.keys())}")
-    try:                                      # as one would multiply them, without numbers
-        empty = {key: torch.empty(parts[key].shape, device="meta").flatten(1) for key in kind}
-        given = tuple(adapter_product(empty).shape)
-    except (RuntimeError, IndexError):
-        given = "of shapes that do not go together"
-    if given != shape or 0 in shape:
-        raise UserError(f"{where} is made for another model: it is {given}, the weight is {shape}")
+    given = adapter_shape({key: parts[key].shape for key in kind})
+    if given != shape:
+        raise UserError(f"{where} is made for another model: it gives {given or 'no matrix'}, the "
+                        f"weight is {shape}")
+
+
+def adapter_shape(shapes):
+    """The shape of adapter_product, from those of the parts; None where they do not go together."""
+    flat = {key: (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+            for key, shape in shapes.items()}
+    if "A" in flat:
+        flat = {"w_a": flat["B"], "w_b": flat["A"]}
+    matrices = [flat[name] for name in sorted(flat) if name[-1] in "12"]
+    for name in sorted(flat):
+        if name.endswith("_a"):
+            (rows, inner), (rank, columns) = flat[name], flat[f"{name[:-1]}b"]
+            matrices.append((rows, columns) if inner == rank > 0 else (0, 0))
+    if "hada_w1_a" in flat:
+        return matrices[0] if matrices[0] == matrices[1] else None
+    return tuple(map(math.prod, zip(*matrices, strict=True)))
 
 
 def adapter_product(parts):
     """The change of a weight without its scale: B A, or the products of LoHa and LoKr (LyCORIS)."""
     if "A" in parts:
         return parts["B"] @ parts["A"]
-    factors = [parts[f"{kind}_w{i}"] if f"{kind}_w{i}" in parts
-               else parts[f"{kind}_w{i}_a"] @ parts[f"{kind}_w{i}_b"]
-               for i in (1, 2) for kind in ("lokr", "hada") if any(key.startswith(f"{kind}_w{i}")
-                                                                    for key in parts)]
-    return factors[0] * factors[1] if "hada_w1_a" in parts else torch.kron(*factors)
+    kind = "hada" if "hada_w1_a" in parts else "lokr"
+    one, two = (parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+                for name in (f"{kind}_w1", f"{kind}_w2"))
+    return one * two if kind == "hada" else torch.kron(one, two)
 
 
-def adapter_change(parts, scale, first, rows):
-    """Rows of the change of a weight, float32."""
+def change_rows(parts, first, rows):
+    """Some rows of the change of a weight, float32, without its scale."""
     tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
     if "B" in tensors:                        # the rows of B A are those of B
-        tensors["B"] = tensors["B"][first:first + rows]
-        first = 0
-    return scale * adapter_product(tensors)[first:first + rows]
+        return tensors["B"][first:first + rows] @ tensors["A"]
+    return adapter_product(tensors)[first:first + rows]
 
 
-def one_change(path, name, candidates):
-    """The change of one weight. Where a file says it twice, as q and as qkv, it counts once."""
-    change, *others = (candidate() for candidate in candidates)
-    for other in others:
+def add_change(path, name, candidates, weight):
+    """weight + scale * change. Where a file says a change twice (q and qkv), it counts once."""
+    (scale, parts, first), *others = candidates
+    rows = len(weight)
+    for other_scale, *place in others:
+        change = scale * change_rows(parts, first, rows)
+        other = other_scale * change_rows(*place, rows)
         if (other - change).norm() > 0.02 * change.norm():
             raise UserError(f"{path} says two different things about {name}")
-    return change
+    if "B" in parts:                          # in one step, to spare memory
+        b, a = (read(parts[key]).float().flatten(1) for key in "BA")
+        return torch.addmm(weight, b[first:first + rows], a, alpha=scale)
+    return weight.add(change_rows(parts, first, rows), alpha=scale)
 
 
 # --- Configurations and tokenizers --------------------------------------------------------------
@@ -625,6 +667,20 @@ NETWORKS = {
     "dit": (DiT, DiTConfig),
     "vae": (VAE, VAEConfig),
 }
+# The rest of an official directory: the same for every checkpoint.
+OFFICIAL_JSON = {
+    "tokenizer/tokenizer_config.json": {
+        "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 131072, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "add_bos_token": False},
+    "model_index.json": {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"]},
+}
 
 
 def parse_config(kind, data, path, official):
@@ -640,7 +696,8 @@ def parse_config(kind, data, path, official):
         raise UserError(f"{path}: the section {kind} misses or does not know "
                         f"{some(fields.keys() ^ data.keys())}")
     for name, default in fields.items():
-        if not has_type(data[name], type(default)) or "layers" in name and data[name] > 1000:
+        good = has_type(data[name], type(default))
+        if not good or ("layers" in name and data[name] > 1000):
             raise UserError(f"{path}: {name} should be {TYPES[type(default)]}, not {data[name]!r}")
     config = NETWORKS[kind][1](**{name: type(default)(data[name])
                                   for name, default in fields.items()})
@@ -650,6 +707,22 @@ def parse_config(kind, data, path, official):
     if official:
         check_values(data, derived_fields(kind, config), path)
     return config
+
+
+def write_official_json(folder, configs, settings):
+    """Writes the configurations of an official directory. configs: {kind: configuration}."""
+    for kind, config in configs.items():
+        data = {**REQUIRED[kind], **dataclasses.asdict(config), **derived_fields(kind, config)}
+        if kind == "text_encoder":
+            data |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+        write_json(folder / FOLDERS[kind] / "config.json", data)
+    scheduler = {**REQUIRED["scheduler"], "shift": settings["shift"]}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    more = {key: value for key, value in settings.items() if key != "shift"}
+    if more:
+        write_json(folder / SAMPLING_FILE, more)
+    for name, content in OFFICIAL_JSON.items():
+        write_json(folder / name, content)
 
 
 def embedded_config(kind, metadata):
@@ -668,7 +741,9 @@ def has_type(value, kind):
     """Whether a value from a JSON file can be an int above 0, a float, or a tuple of such ints."""
     if kind is tuple:
         return isinstance(value, (list, tuple)) and value and all(has_type(n, int) for n in value)
-    return is_number(value) and (kind is float or isinstance(value, int) and 0 < value < 2 ** 31)
+    if kind is float:
+        return is_number(value)
+    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
 
 
 def is_possible(kind, c):
@@ -697,7 +772,8 @@ def rotary_theta(data, path):
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{path}: only the plain rotary embedding is supported, not {rope!r}")
-    if any(layer != "full_attention" for layer in data.get("layer_types") or ()):
+    layer_types = data.get("layer_types") or []
+    if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
         raise UserError(f"{path}: only full_attention is supported in layer_types")
     return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
@@ -708,7 +784,7 @@ def check_official(data, kind, path, known):
     if name not in data and name in ("_class_name", "model_type"):
         raise UserError(f"{path} has no {name}, so it is not that of a {REQUIRED[kind][name]}")
     check_values(data, REQUIRED[kind], path)
-    for key in data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known:
+    for key in sorted(data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known):
         warnings.warn(f"{path}: {key} is not known, and ignored", stacklevel=2)
 
 
@@ -772,6 +848,23 @@ def check_chat_template(folder):
     if len(prompts) > 1:
         raise UserError(f"{path}: the chat template is not Qwen3's, which Z-Image was trained with")
 
+
+def check_together(tokenizer, text_encoder, dit, vae):
+    """UserError where tokenizer and configurations do not belong together."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    problem = None
+    if largest >= text_encoder.vocab_size:
+        problem = f"the tokenizer's token {largest} is not among {text_encoder.vocab_size}"
+    elif dit.cap_feat_dim != text_encoder.hidden_size:
+        problem = "the DiT expects text features of another width"
+    elif dit.in_channels != vae.latent_channels:
+        problem = "DiT and VAE have different latent channels"
+    elif dit.axes_lens[0] < 514:              # a caption of 512 tokens, the image behind it
+        problem = "the DiT has no positions for 512 text tokens"
+    if problem:
+        raise UserError(f"the parts of the model do not belong together: {problem}")
+
+
 # --- Models: which files belong together --------------------------------------------------------
 
 FOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
@@ -786,6 +879,7 @@ PREFIXES = {
     "dit": ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer."),
     "vae": ("", "vae.", "first_stage_model."),
 }
+ARCHITECTURES = ("qwen3", "lumina2", "pig", "cow")    # of GGUF files; not all name one
 UNUSED_ENDINGS = ("scaled_fp8", "text_encoders.qwen3_4b.logit_scale")
 SAMPLING_FILE = "sampling.json"       # our settings in an official directory, beside the shift
 
@@ -795,7 +889,7 @@ def find_parts(path, named):
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
         path = download(str(path), named)
     path = Path(path)
-    if (path / "dit.safetensors").exists():
+    if (path / "dit.safetensors").exists() and (path / "config.json").exists():
         config = read_json(path / "config.json")
         settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
         places = {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}
@@ -806,6 +900,7 @@ def find_parts(path, named):
     config = read_json(source)
     check_official(config, "scheduler", source, {"shift"})
     more = read_json(path / SAMPLING_FILE) if (path / SAMPLING_FILE).exists() else {}
+    check_settings(more, path / SAMPLING_FILE)
     check_chat_template(path / "tokenizer")
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
@@ -923,13 +1018,13 @@ def shard_files(folder):
             raise UserError(f"{folder} holds no .safetensors file: the weights are missing")
         return files if "-of-" in files[0].name else files[:1]
     weight_map = read_json(indices[0]).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     for name in names or [None]:
         good = isinstance(name, str) and Path(name).name == name and "\\" not in name
         if not good or not name.endswith(".safetensors"):
             raise UserError(f"{indices[0]} names the shard {name!r}, which is not the name of a "
                             ".safetensors file in this directory")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]
 
 
 # --- Small things ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Names at full size, layouts, round trips, mapping, configurations, files gone wrong."""
 
+import functools
 import json
 import lzma
 import os
@@ -352,10 +353,15 @@ def other(value):
     return f"other {value}" if isinstance(value, str) else value * 2 + 2
 
 
+@functools.cache
+def open_tiny():
+    return convert_weights.open_checkpoint(TINY)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("file, key, fate", FATES)
 def test_keys_of_configurations(checkpoint, file, key, fate):
-    before = convert_weights.open_checkpoint(checkpoint)
+    before = open_tiny()
     edit(checkpoint / file, lambda data: data.update({key: other(data[key])}))
     try:
         after = convert_weights.open_checkpoint(checkpoint)

@@ -96,10 +96,8 @@ def write_rest(folder, layout):
     if layout != "official":
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         return
-    networks = {kind: convert_weights.Network(kind, config(), {}, None, {})
-                for kind, (_, config) in NETWORKS.items()}
-    checkpoint = convert_weights.Checkpoint(networks, None, {"shift": 3.0}, False, {})
-    convert_weights.write_official_json(folder, checkpoint)
+    configs = {kind: config() for kind, (_, config) in NETWORKS.items()}
+    formats.write_official_json(folder, configs, {"shift": 3.0})
     shutil.copyfile(tokenizer, folder / "tokenizer/tokenizer.json")
 
 

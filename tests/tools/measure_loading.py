@@ -98,6 +98,7 @@ def main():
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases with this in the name")
     args = parser.parse_args()
     sparse = ["--sparse"] if args.sparse else []
     official, comfy, lora = (args.scratch / name for name in ("official", "comfy", "lora"))
@@ -106,7 +107,8 @@ def main():
     make(lora, "--lora", "32")
     adapter = lora / "lora.safetensors"
     for name, code in cases(official, comfy, adapter, args.scratch, args.diffusers):
-        run(name, code)
+        if args.only in name:
+            run(name, code)
     (args.scratch / "int8.safetensors").unlink(missing_ok=True)
 
 
