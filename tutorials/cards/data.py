@@ -100,9 +100,9 @@ CHARACTERS = LETTERS + DIGITS + HANZI
 
 # Inks that can be read on each card; on a landscape, above and below differ.
 CARD_INKS = {
-    "red": ("white", "yellow", "black"), "orange": ("white", "black", "blue", "red"),
+    "red": ("white", "yellow", "black"), "orange": ("white", "black", "blue"),
     "yellow": ("black", "red", "blue", "green"), "green": ("white", "yellow", "black"),
-    "blue": ("white", "yellow", "black"), "purple": ("white", "yellow", "black"),
+    "blue": ("white", "yellow"), "purple": ("white", "yellow"),
     "pink": ("white", "black", "red", "blue", "green"),
     "white": ("black", "red", "blue", "green"),
     ("sky", "above"): ("white", "yellow", "black", "red"), ("sky", "below"): ("black", "red", "blue"),
@@ -117,9 +117,9 @@ CARD_INKS = {
 WORD_ROW = {"above": 29, "below": 99}
 THING_ROW = {"above": 92, "below": 36}          # by the place of the *word*
 SIDE_COLUMN = {"left": 38, "center": 64, "right": 90}
-PAIR_COLUMNS = (34, 94)
+PAIR_COLUMNS = (33, 95)
 PIXELS = {"small": 44, "big": 58}               # of the thing's longer side
-JITTER = {"word": (4, 2), "thing": (5, 2), "small": (6, 5)}   # columns, rows, both ways
+JITTER = {"word": (4, 2), "thing": (5, 2), "small": (6, 5), "pair": (2, 2)}   # columns, rows, both ways
 TILTS = (-16, -8, 0, 8, 16)                     # degrees
 # By the number of characters: pitch, greatest width and greatest height of a glyph.
 LATIN_BOX = {1: (0, 48, 48), 2: (44, 41, 46), 3: (37, 35, 43), 4: (29, 27, 40), 5: (23.5, 22, 36)}
@@ -267,14 +267,11 @@ def inks(card, place):
 
 def card_and_ink(card, ink, place, rng, world):
     """Draws whichever of the two is None, so that the ink can be read. Two names stay as they are."""
-    while card is None or ink is None:
-        landscape = rng.random() < world.landscapes
-        a_card = card or pick(rng, list(LANDSCAPES if landscape else COLORS))
-        an_ink = ink or pick(rng, list(INKS))
-        # After many tries: no ink suits, and the wish is older than good taste.
-        if an_ink in inks(a_card, place):
-            return a_card, an_ink
-    return card, ink
+    while card is None:
+        card = pick(rng, list(LANDSCAPES if rng.random() < world.landscapes else COLORS))
+        if ink is not None and ink not in inks(card, place):
+            card = None
+    return card, ink or pick(rng, inks(card, place))
 
 
 def random_things(wanted, rng, world):
@@ -298,19 +295,19 @@ def compose(wanted, rng, world=WORLD, unseen_words=False):
     if word is None:
         word = random_word(rng, unseen_words, world)
     size = wanted.get("size") or (pick(rng, list(SIZES)) if world.sizes else "big")
-    side, columns = None, PAIR_COLUMNS
+    side, columns, kind = None, PAIR_COLUMNS, "pair"
     if second is None:
         side = wanted.get("side") or (pick(rng, list(SIDES)) if world.sides else "center")
-        columns = (SIDE_COLUMN[side],)
-    poses = tuple(random_pose(column, THING_ROW[place], size, rng, world) for column in columns)
+        columns, kind = (SIDE_COLUMN[side],), "small" if size == "small" else "thing"
+    poses = tuple(random_pose(c, THING_ROW[place], size, kind, rng, world) for c in columns)
     dx, dy = wander(rng, "word", world)
     font = pick(rng, FONTS) if world.fonts else FONTS[0]
     return Scene(thing, second, card, word, ink, place, side, size, poses, SIDE // 2 + dx,
                  WORD_ROW[place] + dy, font, int(rng.integers(2 ** 31)))
 
 
-def random_pose(column, row, size, rng, world):
-    dx, dy = wander(rng, "small" if size == "small" else "thing", world)
+def random_pose(column, row, size, kind, rng, world):
+    dx, dy = wander(rng, kind, world)
     tilt = pick(rng, TILTS) if world.tilts else 0
     mirrored = bool(rng.integers(2)) if world.mirrors else False
     return Pose(column + dx, row + dy, PIXELS[size], tilt, mirrored)
@@ -380,7 +377,8 @@ def layout(word):
 def glyph(character, font, width, height):
     """Mask of one character, (n, m) float32 in 0 to 1.
 
-    A capital's height is `height`, and it is squeezed to `width` if it is wider.
+    A capital's height is `height`, and it is squeezed to `width` if it is wider. Digits stay
+    narrower: a 0 as wide as an O could not be told from it.
     """
     number = FONTS.index(font) * len(CHARACTERS) + CHARACTERS.index(character)
     mask = np.asarray(tile(sheet("glyphs.png", "L"), number, GLYPH), np.float32)
@@ -389,7 +387,7 @@ def glyph(character, font, width, height):
     inner = mask[:, columns[0]:columns[-1] + 1] if character.isascii() else mask
     wanted = round(inner.shape[1] * scale)
     if character.isascii():
-        wanted = min(wanted, width)
+        wanted = min(wanted, round(0.8 * width) if character in DIGITS else width)
     return scaled(inner, (wanted, round(GLYPH * scale))) / np.float32(255)
 
 
@@ -587,7 +585,7 @@ def draw_desert(rng):
     return image
 
 
-DRAW_LANDSCAPE = {"sky": draw_sky, "sea": draw_sea, "hills": draw_hills, "night": draw_night,
+LANDSCAPE_PAINTERS = {"sky": draw_sky, "sea": draw_sea, "hills": draw_hills, "night": draw_night,
                   "snow": draw_snow, "desert": draw_desert}
 
 
@@ -620,7 +618,7 @@ def draw_word(image, word, ink, font, y, x):
 
 def draw_card(card, rng):
     """A card with nothing on it yet, (3, 128, 128) float32, 0 to 255."""
-    return plain_card(card, rng) if card in COLORS else DRAW_LANDSCAPE[card](rng)
+    return plain_card(card, rng) if card in COLORS else LANDSCAPE_PAINTERS[card](rng)
 
 
 def draw(scene):
@@ -660,8 +658,9 @@ def caption(scene, rng, language=None, drop=1 / 3):
     quarter as often, the word a fifth as often. 0: names everything.
     """
     names = named(scene, rng, drop)
-    write = {"en": english, "zh": chinese}[language or pick(rng, ("en", "zh"))]
-    return write(names, rng)
+    if (language or pick(rng, ("en", "zh"))) == "en":
+        return english(names, rng) + ("." if rng.random() < 0.06 else "")
+    return chinese(names, rng) + ("。" if rng.random() < 0.06 else "")
 
 
 def article(words):
@@ -728,7 +727,8 @@ def english(names, rng):
         return join(article(names["card"]), "card with", thing, "and", word, where)
     if kind == 2:
         return join(word, place or "and", thing, card)
-    return join(join(thing, card) + ",", word, where)
+    written = "written" if where and rng.random() < 0.5 else ""
+    return join(join(thing, card) + ",", word, written, where)
 
 
 def chinese_thing(names, counted):
@@ -751,17 +751,17 @@ def chinese_word(names, rng):
     return ink + (f"“{names['word']}”" if rng.random() < 0.6 else names["word"])
 
 
-def chinese_card(names):
+def chinese_card(names, rng):
     """`红色卡片`, `海边`, or nothing."""
     card = names.get("card")
     if card in COLORS:
-        return CHINESE_COLORS[card] + "卡片"
+        return ("一张" if rng.random() < 0.2 else "") + CHINESE_COLORS[card] + "卡片"
     return LANDSCAPES[card][1] if card else ""
 
 
 def chinese(names, rng):
     kind = int(rng.integers(4))
-    card, word = chinese_card(names), chinese_word(names, rng)
+    card, word = chinese_card(names, rng), chinese_word(names, rng)
     thing = chinese_thing(names, counted=kind == 1 or rng.random() < 0.3)
     place, side = PLACES.get(names.get("place"), ""), SIDES.get(names.get("side"), "")
     if not thing:
@@ -934,7 +934,7 @@ def language_of(prompt):
 # --- Tokens -------------------------------------------------------------------------------------
 
 ENGLISH_PIECES = """
-a an the and in on with at by under of it them is card word letter number character written
+a an the and in on with at by under it them card word letter number character written
 above below left right middle top bottom small big blue green sky sea hills night snow desert
 """.split()
 CHINESE_PIECES = ("卡片 卡片上 写着 一张 上面 下面 上方 下方 左边 右边 中间 小小的 大大的 有 在 是 的 和 字 "
