@@ -109,7 +109,7 @@ CARD_INKS = {
     ("sea", "above"): ("black", "red", "blue", "green"), ("sea", "below"): ("white", "yellow"),
     ("hills", "above"): ("black", "red", "blue"), ("hills", "below"): ("white", "yellow", "black"),
     ("night", "above"): ("white", "yellow"), ("night", "below"): ("white", "yellow"),
-    ("snow", "above"): ("white", "black", "red", "blue"),
+    ("snow", "above"): ("black", "red", "blue", "green"),
     ("snow", "below"): ("black", "red", "blue", "green"),
     ("desert", "above"): ("white", "black", "blue"), ("desert", "below"): ("white", "black", "blue")}
 
@@ -119,7 +119,7 @@ THING_ROW = {"above": 92, "below": 36}          # by the place of the *word*
 SIDE_COLUMN = {"left": 38, "center": 64, "right": 90}
 PAIR_COLUMNS = (33, 95)
 PIXELS = {"small": 44, "big": 58}               # of the thing's longer side
-JITTER = {"word": (4, 2), "thing": (5, 2), "small": (6, 5), "pair": (2, 2)}   # columns, rows, both ways
+JITTER = {"word": (7, 2), "thing": (5, 2), "small": (6, 5), "pair": (2, 2)}   # columns, rows, both ways
 TILTS = (-16, -8, 0, 8, 16)                     # degrees
 # By the number of characters: pitch, greatest width and greatest height of a glyph.
 LATIN_BOX = {1: (0, 48, 48), 2: (44, 41, 46), 3: (37, 35, 43), 4: (29, 27, 40), 5: (23.5, 22, 36)}
@@ -301,6 +301,8 @@ def compose(wanted, rng, world=WORLD, unseen_words=False):
         columns, kind = (SIDE_COLUMN[side],), "small" if size == "small" else "thing"
     poses = tuple(random_pose(c, THING_ROW[place], size, kind, rng, world) for c in columns)
     dx, dy = wander(rng, "word", world)
+    room = (SIDE - word_width(word)) // 2 - 4       # a long word stays clear of the edges
+    dx = int(np.clip(dx, -room, room))
     font = pick(rng, FONTS) if world.fonts else FONTS[0]
     return Scene(thing, second, card, word, ink, place, side, size, poses, SIDE // 2 + dx,
                  WORD_ROW[place] + dy, font, int(rng.integers(2 ** 31)))
@@ -371,6 +373,14 @@ def layout(word):
     pitch, width, height = (LATIN_BOX if word.isascii() else HANZI_BOX)[len(word)]
     columns = [round(pitch * (i - (len(word) - 1) / 2)) for i in range(len(word))]
     return columns, width, height
+
+
+def word_width(word):
+    """Pixels from the left edge of a word to its right edge, at most."""
+    if not word:
+        return 0
+    columns, width, _ = layout(word)
+    return columns[-1] - columns[0] + width
 
 
 @functools.cache
@@ -509,11 +519,20 @@ def clouds(image, rng, count, rows, strength=0.85):
         paste(image, y, x, mask * (strength * rng.uniform(0.8, 1)), (255, 255, 255))
 
 
-def dots(image, rng, count, radius, rows, color):
-    """Stars or snowflakes."""
+@functools.cache
+def dot_field(number, count, radius):
+    """Stars or snowflakes of different strength all over, a mask (128, 128)."""
+    rng, field = np.random.default_rng(number), np.zeros((1, SIDE, SIDE), np.float32)
     for y, x, share in rng.random((count, 3)):
-        row = rows[0] + y * (rows[1] - rows[0])
-        paste(image, row, x * SIDE, disc(radius, 1.4) * np.float32(0.4 + 0.6 * share), color)
+        paste(field, y * SIDE, x * SIDE, disc(radius, 1.4) * np.float32(0.4 + 0.6 * share), [1.0])
+    return field[0]
+
+
+def dots(image, rng, count, radius, color):
+    """One of sixteen fields of dots, moved round the edges."""
+    field = dot_field(int(rng.integers(16)), count, radius)
+    rows, columns = (np.arange(SIDE) + shift & SIDE - 1 for shift in rng.integers(0, SIDE, 2))
+    blend(image, field[rows[:, None], columns], planes(color))
 
 
 def draw_sky(rng):
@@ -548,7 +567,7 @@ def draw_hills(rng):
 
 def draw_night(rng):
     image = sky((18, 20, 62), (58, 52, 116))
-    dots(image, rng, 26, 0.7, (0, 104), (255, 250, 230))
+    dots(image, rng, 30, 0.7, (255, 250, 230))
     y, x = rng.uniform(14, 66), rng.uniform(14, 114)
     paste(image, y, x, disc(16, 20) * np.float32(0.25), (200, 200, 240))
     paste(image, y, x, disc(9), (252, 240, 200))
@@ -571,7 +590,7 @@ def draw_snow(rng):
     for share in rng.random(int(rng.integers(2, 6))):
         paste(image, base + 4 + 8 * rng.random(), share * SIDE, fir(), (86, 128, 128))
     ridge(image, rng, base + 20, 5, (250, 252, 255), (228, 236, 248))
-    dots(image, rng, 22, 1.2, (0, 110), (255, 255, 255))
+    dots(image, rng, 24, 1.2, (255, 255, 255))
     return image
 
 
@@ -604,16 +623,26 @@ def draw_thing(image, thing, pose):
     image[area] += pixels[cut][:3]
 
 
-def draw_word(image, word, ink, font, y, x):
+def word_mask(word, font, make):
+    """The word's glyphs or halos side by side, a mask (h, w) in 0 to 1."""
     columns, width, height = layout(word)
+    masks = [make(character, font, width, height) for character in word]
+    center = width // 2 + SHADOW_MARGIN + 4 + max(-columns[0], columns[-1])
+    total = np.zeros((masks[0].shape[0], 2 * center), np.float32)
+    for mask, column in zip(masks, columns, strict=True):
+        left = center + column - mask.shape[1] // 2
+        area = total[:, left:left + mask.shape[1]]
+        np.maximum(area, mask, out=area)
+    return total
+
+
+def draw_word(image, word, ink, font, y, x):
     light = np.mean(INKS[ink]) > 130
     # A soft halo parts the ink from what lies under it: dark around light inks, and the reverse.
     halo, strength = ((20, 20, 30), 0.5) if light else ((255, 252, 245), 0.4)
-    for character, column in zip(word, columns):
-        mask = np.float32(strength) * glyph_halo(character, font, width, height)
-        paste(image, y + light, x + column, mask, halo)
-    for character, column in zip(word, columns):
-        paste(image, y, x + column, glyph(character, font, width, height), INKS[ink])
+    mask = np.float32(strength) * word_mask(word, font, glyph_halo)
+    paste(image, y + light, x, mask, halo)
+    paste(image, y, x, word_mask(word, font, glyph), INKS[ink])
 
 
 def draw_card(card, rng):
@@ -997,8 +1026,8 @@ def text_region(scene, cells=16):
         mask[top:bottom, left:right] = 1
 
     if scene.word:
-        columns, width, height = layout(scene.word)
-        mark(word, scene.y, scene.x, height, columns[-1] - columns[0] + width)
+        height = layout(scene.word)[2]
+        mark(word, scene.y, scene.x, height, word_width(scene.word))
     for pose in scene.poses:
         mark(thing, pose.y, pose.x, pose.size, pose.size)
     return word, thing
