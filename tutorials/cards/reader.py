@@ -90,10 +90,14 @@ def explained(windows, ground, sprites):
     """
     flat = windows.reshape(len(windows), -1)
     difference = ((windows - ground) ** 2).sum(1).reshape(len(windows), -1)
-    bare = difference - (windows ** 2).sum(1).reshape(len(windows), -1)
+    inside = difference @ sprites.alpha.T
     # The fall of the squared error over the sprite's own pixels.
-    gain = bare @ sprites.alpha.T + 2 * (flat @ sprites.colors.T) - sprites.energy
-    return gain / (difference.sum(1, keepdims=True) + 50 * sprites.alpha.shape[1])
+    square = (windows ** 2).sum(1).reshape(len(windows), -1)
+    gain = inside - square @ sprites.alpha.T + 2 * (flat @ sprites.colors.T) - sprites.energy
+    # Bright spots beside the sprite, as the moon, count no more than others.
+    beside = np.minimum(difference, 60.0 ** 2)
+    beside = beside.sum(1, keepdims=True) - beside @ sprites.alpha.T
+    return gain / (inside + beside + 50 * sprites.alpha.shape[1])
 
 
 def correlations(windows, sprites):
