@@ -155,7 +155,7 @@ class Search:
     def best(self, allowed):
         """The best thing among the allowed (rows, columns) places, looked at closely: Found."""
         scores = np.where(allowed[..., None], self.scores, -np.inf)
-        candidates = np.argsort(-scores.max((0, 1)))[:4]
+        candidates = np.argsort(-scores.max((0, 1)))[:3]
         found = [self.look(list(data.THINGS)[i], scores[..., i]) for i in candidates]
         return max(found, key=lambda thing: thing.explained + thing.correlation)
 
@@ -164,16 +164,16 @@ class Search:
         row, column = np.unravel_index(scores.argmax(), scores.shape)
         y, x = self.rows[row], self.columns[column]
         size = REACH
-        shifts = np.arange(-2, 3)
-        rows = np.clip((y - REACH + PAD) // 2 + shifts, 0, self.planes.shape[1] - size)
-        columns = np.clip((x - REACH + PAD) // 2 + shifts, 0, self.planes.shape[2] - size)
+        near = np.arange(-2, 3)
+        rows = np.clip((y - REACH + PAD) // 2 + near, 0, self.planes.shape[1] - size)
+        columns = np.clip((x - REACH + PAD) // 2 + near, 0, self.planes.shape[2] - size)
         windows = windows_of(self.planes, size, rows, columns)
         ground = windows_of(self.ground, size, rows, columns)
         sprites = bank((thing,), tuple(range(len(POSES))), 2)
         gain = explained(windows, ground, sprites)
         place, pose = np.unravel_index(gain.argmax(), gain.shape)
         correlation = correlations(windows[place:place + 1], sprites)[0, pose]
-        y, x = rows[place // len(shifts)], columns[place % len(shifts)]
+        y, x = rows[place // len(near)], columns[place % len(near)]
         return Found(thing, int(2 * x + REACH - PAD), int(2 * y + REACH - PAD), POSES[pose][0],
                      float(correlation), float(gain.max()))
 
@@ -186,7 +186,7 @@ def find_things(planes):
     if not first.fits():
         return []
     beside = (abs(search.rows - first.y) < 16)[:, None] & (abs(search.columns - first.x) > 46)[None]
-    if not beside.any():
+    if not (search.scores[beside] > 0.5 * MIN_EXPLAINED).any():
         return [first]
     second = search.best(beside)
     found = [first, second] if second.fits() else [first]
@@ -319,10 +319,11 @@ def match(ink, script, length, places, factor):
                fits[place, :, font].argmax(-1), best[place, :, font])
 
 
-def grid(center_y, center_x, reach_y, reach_x, step):
-    y, x = np.meshgrid(np.arange(-reach_y, reach_y + 1, step), np.arange(-reach_x, reach_x + 1, step),
-                       indexing="ij")
-    return np.stack((center_y + y.ravel(), center_x + x.ravel()), 1)
+@functools.cache
+def shifts(reach_y, reach_x, step):
+    """All shifts (n, 2) of up to so many pixels, `step` apart."""
+    y, x = np.mgrid[-reach_y:reach_y + 1:step, -reach_x:reach_x + 1:step]
+    return np.stack((y.ravel(), x.ravel()), 1)
 
 
 MARGIN = 16               # of an ink map on every side, so that windows fit
@@ -353,22 +354,22 @@ def whole_fit(ink, word, font, y, x):
 
 def find_word(planes, place):
     """The word above or below -> Reading, its place in pixels of the picture."""
-    candidates = []
+    candidates, center = [], np.array((BAND, data.SIDE // 2 + MARGIN))
     for ink in ink_maps(planes, place):
         half = shrink(ink, 2)
         for script, length in LAYOUTS:
-            places = grid(BAND, data.SIDE // 2 + MARGIN, 2, layout_of(script, length).shift, 2)
+            places = center + shifts(2, layout_of(script, length).shift, 2)
             for font, (fit, where, _, _) in enumerate(match(half, script, length, places, 2)):
                 candidates.append((fit, script, length, font, tuple(where), ink))
     candidates.sort(key=lambda candidate: candidate[0], reverse=True)
-    readings = [look_closely(*candidate[1:]) for candidate in candidates[:5]]
+    readings = [look_closely(*candidate[1:]) for candidate in candidates[:4]]
     best = max(readings)
     return best._replace(x=best.x - MARGIN, y=best.y - BAND + data.WORD_ROW[place])
 
 
 def look_closely(script, length, font, where, ink):
     """One candidate at full resolution -> Reading."""
-    matches = list(match(ink, script, length, grid(*where, 2, 2, 1), 1))
+    matches = list(match(ink, script, length, np.array(where) + shifts(2, 2, 1), 1))
     _, (y, x), indices, fits = matches[font]
     word = "".join(ALPHABETS[script][i] for i in indices)
     fit = whole_fit(ink, word, data.FONTS[font], int(y), int(x) - MARGIN)
