@@ -18,8 +18,8 @@ from typing import NamedTuple
 import data
 import numpy as np
 
-MIN_EXPLAINED = 0.35      # share of what is on the card that a thing's sprite must explain
-MIN_SPRITE = 0.5          # correlation with a sprite below which there is no thing
+MIN_EXPLAINED = 0.40      # share of what is on the card that a thing's sprite must explain
+MIN_SPRITE = 0.58         # correlation with a sprite below which there is no thing
 MIN_GLYPH = 0.55          # correlation with a glyph below which a character cannot be read
 STRICT_GLYPH = 0.80       # correlation above which a character counts as clean
 MAX_INK = 75.0            # RGB distance to the nearest ink beyond which there is none
@@ -83,32 +83,28 @@ def windows_of(planes, size, rows, columns):
     return picked.reshape(len(planes), -1, size, size).transpose(1, 0, 2, 3)
 
 
-def explained(windows, ground, sprites):
-    """Share of what differs from the bare ground in each window that each sprite explains.
+def fit(windows, ground, sprites):
+    """Windows (n, 3, k, k) of the picture and of the bare ground -> two arrays (n, sprites).
 
-    (n, sprites): 1 is the sprite and nothing else; 0 or less: the bare ground is a better guess.
+    The first is the share of what differs from the ground that each sprite explains: 1 is the
+    sprite and nothing else, below 0 the bare ground is a better guess. The second is the
+    normalized correlation of window and sprite, over the sprite's own pixels.
     """
-    flat = windows.reshape(len(windows), -1)
-    difference = ((windows - ground) ** 2).sum(1).reshape(len(windows), -1)
-    inside = difference @ sprites.alpha.T
-    # The fall of the squared error over the sprite's own pixels.
-    square = (windows ** 2).sum(1).reshape(len(windows), -1)
-    gain = inside - square @ sprites.alpha.T + 2 * (flat @ sprites.colors.T) - sprites.energy
-    # Bright spots beside the sprite, as the moon, count no more than others.
-    beside = np.minimum(difference, 60.0 ** 2)
-    beside = beside.sum(1, keepdims=True) - beside @ sprites.alpha.T
-    return gain / (inside + beside + 50 * sprites.alpha.shape[1])
-
-
-def correlations(windows, sprites):
-    """Normalized correlation of each window with each sprite, over the sprite's pixels."""
     flat = windows.reshape(len(windows), -1)
     total = windows.sum(1).reshape(len(windows), -1) @ sprites.alpha.T
     square = (windows ** 2).sum(1).reshape(len(windows), -1) @ sprites.alpha.T
-    weight = 3 * sprites.alpha.sum(1)
-    spread = np.sqrt(np.maximum(square - total ** 2 / weight, 1e-6))
-    product = flat @ sprites.colors.T - sprites.mean * total
-    return product / (sprites.deviation * np.maximum(spread, 0.2 * sprites.deviation))
+    product = flat @ sprites.colors.T
+    difference = ((windows - ground) ** 2).sum(1).reshape(len(windows), -1)
+    inside = difference @ sprites.alpha.T
+    # Bright spots beside the sprite, as the moon, count no more than others.
+    beside = np.minimum(difference, 60.0 ** 2)
+    beside = beside.sum(1, keepdims=True) - beside @ sprites.alpha.T
+    # The fall of the squared error over the sprite's pixels, over all there is to explain.
+    gain = inside - square + 2 * product - sprites.energy
+    explained = gain / (inside + beside + 50 * sprites.alpha.shape[1])
+    spread = np.sqrt(np.maximum(square - total ** 2 / (3 * sprites.alpha.sum(1)), 1e-6))
+    spread = np.maximum(spread, 0.2 * sprites.deviation)
+    return explained, (product - sprites.mean * total) / (sprites.deviation * spread)
 
 
 def ground_of(planes):
@@ -147,7 +143,7 @@ class Search:
         windows = windows_of(shrink(self.planes, 2), size, rows, columns)
         ground = windows_of(shrink(self.ground, 2), size, rows, columns)
         things = tuple(data.THINGS)
-        scores = explained(windows, ground, bank(things, tuple(COARSE), 4))
+        scores = sum(fit(windows, ground, bank(things, tuple(COARSE), 4)))
         scores = scores.reshape(len(rows), len(columns), len(things), len(COARSE)).max(-1)
         self.rows, self.columns = 4 * rows + REACH - PAD, 4 * columns + REACH - PAD
         self.scores = scores                                  # (rows, columns, things)
@@ -170,12 +166,12 @@ class Search:
         windows = windows_of(self.planes, size, rows, columns)
         ground = windows_of(self.ground, size, rows, columns)
         sprites = bank((thing,), tuple(range(len(POSES))), 2)
-        gain = explained(windows, ground, sprites)
-        place, pose = np.unravel_index(gain.argmax(), gain.shape)
-        correlation = correlations(windows[place:place + 1], sprites)[0, pose]
+        explained, correlation = fit(windows, ground, sprites)
+        best = (explained + correlation).argmax()
+        place, pose = np.unravel_index(best, explained.shape)
         y, x = rows[place // len(near)], columns[place % len(near)]
         return Found(thing, int(2 * x + REACH - PAD), int(2 * y + REACH - PAD), POSES[pose][0],
-                     float(correlation), float(gain.max()))
+                     float(correlation.flat[best]), float(explained.flat[best]))
 
 
 def find_things(planes):
@@ -186,7 +182,7 @@ def find_things(planes):
     if not first.fits():
         return []
     beside = (abs(search.rows - first.y) < 16)[:, None] & (abs(search.columns - first.x) > 46)[None]
-    if not (search.scores[beside] > 0.5 * MIN_EXPLAINED).any():
+    if not (search.scores[beside] > 0.7 * (MIN_EXPLAINED + MIN_SPRITE)).any():
         return [first]
     second = search.best(beside)
     found = [first, second] if second.fits() else [first]
