@@ -32,7 +32,6 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,13 +40,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 
-import data  # noqa: E402
 import evaluate  # noqa: E402
+
+import data  # noqa: E402
 import sampler  # noqa: E402
 from convert_weights import UserError, run_command, save_pipeline, write_whole  # noqa: E402
 from model import (  # noqa: E402
@@ -144,18 +143,6 @@ def dit_config(recipe):
 # --- Small things -------------------------------------------------------------------------------
 
 
-def log(out, **values):
-    """One line of JSON to the terminal and to log.jsonl."""
-    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
-    print(line, flush=True)
-    with open(os.path.join(out, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def save(path, value):
-    write_whole(path, lambda part: torch.save(value, part))
-
-
 def save_grid(path, images, columns=8):
     """(B, 3, H, W) in [-1, 1] -> PNG."""
     pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
@@ -165,28 +152,22 @@ def save_grid(path, images, columns=8):
     write_whole(path, lambda part: grid.save(part, format="PNG"))
 
 
-def step_seed(*where):
-    """A seed that depends on (seed, stage, step, worker) alone: nothing to store for a restart."""
-    return int(np.random.default_rng(where).integers(2 ** 62))
+def seeded(device, *where):
+    """A generator that depends on (seed, stage, step, worker) alone: a restart needs no state."""
+    seed = int(np.random.default_rng(where).integers(2 ** 62))
+    return torch.Generator(device).manual_seed(seed)
 
 
-class Clock:
-    """Progress of a stage from 0 to 1: by steps where their number is given, else by time."""
+# --- Stages of a run ----------------------------------------------------------------------------
 
-    def __init__(self, minutes, steps, seconds=0.0, stop_after=None):
-        self.minutes = minutes
-        self.steps = steps
-        self.stop_after = stop_after
-        self.began = time.monotonic() - seconds
 
-    def seconds(self):
-        return time.monotonic() - self.began
-
-    def progress(self, step):
-        """1 or more: the stage is complete. Infinite: the stage should stop before that."""
-        if stopping() or step == self.stop_after:
-            return math.inf
-        return step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
+class Run(NamedTuple):
+    """Where and by how many a run is worked on."""
+    out: str
+    device: torch.device
+    rank: int = 0
+    workers: int = 1
+    stop_after: int | None = None
 
 
 _signals = []
@@ -200,6 +181,65 @@ def stopping():
 def listen():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _signals.append(1))
+
+
+class Stage:
+    """A stage of training: what it trains, its step and its time. They are kept in a file.
+
+    `for progress in stage` counts stage.step from 1 and gives the progress, 0 to 1: by steps where
+    their number is given, else by time. After the loop stage.complete says whether the stage
+    came to its end or was stopped.
+    """
+
+    def __init__(self, run, name, minutes, steps, **parts):
+        self.run = run
+        self.path = os.path.join(run.out, name + ".pt")
+        self.minutes = minutes
+        self.steps = steps
+        self.parts = parts                                       # modules and optimizers
+        self.step, seconds = 0, 0.0
+        if os.path.exists(self.path):
+            saved = torch.load(self.path, map_location=run.device)
+            self.step, seconds = saved["step"], saved["seconds"]
+            for part, module in parts.items():
+                module.load_state_dict(saved[part])
+        self.began = time.monotonic() - seconds
+        self.saved_at = seconds
+        self.complete = False
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def progress(self):
+        if stopping() or self.step == self.run.stop_after:
+            return math.inf
+        return self.step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
+
+    def __iter__(self):
+        while (progress := agree(self.progress())) < 1:
+            self.step += 1
+            yield progress
+        self.complete = not math.isinf(progress)
+
+    def save_is_due(self, minutes):
+        return self.seconds() - self.saved_at > 60 * minutes
+
+    def save(self, **more):
+        self.saved_at = self.seconds()
+        if self.run.rank == 0:
+            state = {part: module.state_dict() for part, module in self.parts.items()}
+            state |= {"step": self.step, "seconds": self.seconds()} | more
+            write_whole(self.path, lambda part: torch.save(state, part))
+
+
+def log(run, **values):
+    """One line of JSON to the terminal and to log.jsonl."""
+    if run.rank:
+        return
+    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+    print(line, flush=True)
+    with open(os.path.join(run.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 # --- Workers that share a batch -----------------------------------------------------------------
@@ -221,8 +261,19 @@ def average_gradients(parameters):
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+    grads = flat.split([p.numel() for p in parameters])
+    for p, grad in zip(parameters, grads, strict=True):
         p.grad.copy_(grad.view_as(p))
+
+
+def descend(loss, parameters, optimizers):
+    """One step of the optimizers along the mean gradient of all workers, clipped to norm 1."""
+    loss.backward()
+    average_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # --- Drawing ------------------------------------------------------------------------------------
@@ -297,17 +348,17 @@ class Drawings:
                 raise RuntimeError("a process that draws cards has failed")
             time.sleep(0.05)
 
-    def images(self, index, device):
-        """(B, 3, H, W) in [-1, 1] of the cards in `index`, an array or a slice."""
-        pictures = torch.from_numpy(self.pictures[index]).to(device)
-        return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+def as_images(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def test_images(count, seed, device):
     """Cards that training does not draw, (count, 3, H, W) in [-1, 1]."""
     rng = np.random.default_rng((seed, 2))
     pictures = np.stack([data.draw(data.random_scene(rng)) for _ in range(count)])
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_images(torch.from_numpy(pictures).to(device))
 
 
 # --- VAE ----------------------------------------------------------------------------------------
@@ -317,7 +368,8 @@ def crop(images, generator, side):
     """A window of side x side of each image (B, 3, H, W), anywhere."""
     room = images.shape[-1] - side + 1
     corners = torch.randint(room, (len(images), 2), generator=generator).tolist()
-    windows = [image[:, y:y + side, x:x + side] for image, (y, x) in zip(images, corners)]
+    windows = [image[:, y:y + side, x:x + side]
+               for image, (y, x) in zip(images, corners, strict=True)]
     return torch.stack(windows)
 
 
@@ -345,84 +397,63 @@ def reconstruct(vae, images, batch=32):
     return out, (10 * torch.log10(4 / error)).mean().item()
 
 
-def vae_batch(pictures, cropped, recipe, generator, count):
-    """A batch of images for one step: whole, or crops of half the side, four times as many."""
+def image_batch(pictures, count, cropped, generator):
+    """Images for one step: `count` whole ones, or four times as many crops of half the side."""
     index = torch.randint(len(pictures), (count * (4 if cropped else 1),), generator=generator)
-    images = pictures[index.to(pictures.device)].permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = as_images(pictures[index.to(pictures.device)])
     return crop(images, generator, data.SIDE // 2) if cropped else images
 
 
-def load_vae(path, device):
-    """The finished VAE in vae.pt, or None."""
-    saved = torch.load(path, map_location=device) if os.path.exists(path) else {"done": False}
-    if not saved["done"]:
+def finished_vae(run):
+    """The VAE in vae.pt if it is complete, else None."""
+    path = os.path.join(run.out, "vae.pt")
+    saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+    if "scale_shift" not in saved:
         return None
-    vae = VAE(vae_config(*saved["scale_shift"])).to(device)
+    vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
     vae.load_state_dict(saved["vae"])
     return vae.eval().requires_grad_(False)
 
 
 def train_vae(recipe, run, drawings):
     """Trains the VAE -> the VAE, or None if the stage was stopped. vae.pt has its state."""
-    path = os.path.join(run.out, "vae.pt")
-    vae = load_vae(path, run.device)
-    if vae is not None:
-        return vae
+    if finished_vae(run) is not None:
+        return finished_vae(run)
     torch.manual_seed(recipe.seed)
     vae = VAE(vae_config()).to(run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_lr, (0.9, 0.99), weight_decay=0.01)
-    start, seconds = 0, 0.0
-    if os.path.exists(path):
-        saved = torch.load(path, map_location=run.device)
-        vae.load_state_dict(saved["vae"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, seconds = saved["step"], saved["seconds"]
+    parameters = list(vae.parameters())
+    optimizer = torch.optim.AdamW(parameters, recipe.vae_lr, (0.9, 0.99), weight_decay=0.01)
+    stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, optimizer=optimizer)
     test = test_images(64, recipe.seed, run.device)
     drawings.wait(recipe.vae_drawings)
     pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
+    count = max(recipe.vae_batch // run.workers, 1)
 
-    def checkpoint(step, **more):
-        if run.rank == 0:
-            save(path, {"done": False, "step": step, "seconds": clock.seconds(),
-                        "vae": vae.state_dict(), "optimizer": optimizer.state_dict(), **more})
-
-    clock = Clock(recipe.vae_minutes, recipe.vae_steps, seconds, run.stop_after)
-    saved_at = clock.seconds()
-    generator, device_generator = torch.Generator(), torch.Generator(run.device)
-    for step in itertools.count(start):
-        progress = agree(clock.progress(step))
-        if progress >= 1:
-            break
-        generator.manual_seed(step_seed(recipe.seed, 3, step, run.rank))
-        device_generator.manual_seed(step_seed(recipe.seed, 4, step, run.rank))
-        images = vae_batch(pictures, progress < recipe.vae_crops, recipe, generator,
-                           max(recipe.vae_batch // run.workers, 1))
-        rate = min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+    for progress in stage:
+        generator = seeded("cpu", recipe.seed, 3, stage.step, run.rank)
+        noise_generator = seeded(run.device, recipe.seed, 4, stage.step, run.rank)
+        rate = min(1, stage.step / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
         optimizer.param_groups[0]["lr"] = recipe.vae_lr * rate
-        loss = vae_loss(vae, images, device_generator, recipe.kl_weight)
-        loss.backward()
-        average_gradients(list(vae.parameters()))
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.rank == 0 and (step + 1) % (4 * recipe.log_every) == 0:
-            log(run.out, stage="vae", step=step + 1, seconds=clock.seconds(), loss=loss.item(),
+        images = image_batch(pictures, count, progress < recipe.vae_crops, generator)
+        loss = vae_loss(vae, images, noise_generator, recipe.kl_weight)
+        descend(loss, parameters, [optimizer])
+        if stage.step % (4 * recipe.log_every) == 0 and run.rank == 0:
+            log(run, stage="vae", step=stage.step, seconds=stage.seconds(), loss=loss.item(),
                 psnr=reconstruct(vae, test)[1])
-        if clock.seconds() - saved_at > 60 * recipe.save_minutes:
-            checkpoint(step + 1)
-            saved_at = clock.seconds()
-    checkpoint(step)
-    if math.isinf(progress):
+        if stage.save_is_due(recipe.save_minutes):
+            stage.save()
+
+    if not stage.complete:
+        stage.save()
         return None
     with torch.no_grad():
-        z = torch.cat([vae.moments(drawings.images(slice(i, i + 64), run.device))[0]
-                       for i in range(0, min(512, recipe.vae_drawings), 64)])
-    vae.eval().requires_grad_(False)
-    vae.config.scaling_factor, vae.config.shift_factor = 1 / z.std().item(), z.mean().item()
-    checkpoint(step, done=True, scale_shift=(1 / z.std().item(), z.mean().item()))
+        z = torch.cat([vae.moments(as_images(part))[0] for part in pictures[:512].split(64)])
+    stage.save(scale_shift=(1 / z.std().item(), z.mean().item()))
+    agree(0.0)                                                   # until the file is there
+    vae = finished_vae(run)
     if run.rank == 0:
         images, psnr = reconstruct(vae, test)
-        log(run.out, stage="vae", step=step, seconds=clock.seconds(), psnr=psnr)
+        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr)
         pairs = torch.stack((test[:16], images[:16]), 1).flatten(0, 1)
         save_grid(os.path.join(run.out, "vae.png"), pairs)
     return vae
@@ -443,17 +474,17 @@ class Cards(NamedTuple):
 def encode_cards(recipe, run, vae, drawings):
     """Latents of all drawings, computed once. On a CPU that takes minutes, so they are kept."""
     path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
-    if not (keep and os.path.exists(path)) and run.rank == 0:
+    if run.rank == 0 and not (keep and os.path.exists(path)):
         drawings.wait(recipe.drawings)
-        latents = [vae.encode(drawings.images(slice(i, i + 256), run.device)).half()
-                   for i in range(0, recipe.drawings, 256)]
-        rest = (torch.from_numpy(array) for array in
+        pictures = torch.from_numpy(drawings.pictures).split(256)
+        latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
+        rest = (torch.from_numpy(array).to(run.device) for array in
                 (drawings.words, drawings.ids, drawings.lengths))
-        cards = Cards(torch.cat(latents), *(tensor.to(run.device) for tensor in rest))
+        cards = Cards(torch.cat(latents), *rest)
         if not keep:
             return cards
-        save(path, tuple(cards))
-    agree(0.0)
+        write_whole(path, lambda part: torch.save(tuple(cards), part))
+    agree(0.0)                                                   # until the file is there
     return Cards(*torch.load(path, mmap=True))
 
 
@@ -475,7 +506,7 @@ def build(recipe, vocabulary):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: momentum, made orthogonal. The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw").
+    """Momentum, made orthogonal; the same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw").
 
     torch.optim.Muon treats one matrix at a time. Here matrices of one shape are stacked, which
     takes a tenth of the kernel launches. Source: https://kellerjordan.github.io/posts/muon
@@ -530,7 +561,7 @@ def optimizers(nets, recipe):
 
 
 def random_times(count, recipe, generator):
-    """t = sigmoid(N(mean, std)) (B,), spread evenly over the quantiles: less noise in the gradient."""
+    """t = sigmoid(N(mean, std)), (B,), even over the quantiles: gradients are less noisy."""
     device = generator.device
     quantiles = torch.arange(count, device=device) + torch.rand(
         count, generator=generator, device=device)
@@ -565,31 +596,49 @@ def rotary_angles(dit, tokens, size, device):
     return _angles[key]
 
 
-def flow_loss(nets, cards, empty, recipe, count, step, generator):
-    """Squared error of the velocity for `count` cards, each at its own time, with a caption.
+class FlowLoss:
+    """flow(step) -> squared error of the velocity for cards and captions that the step draws.
 
-    The loss is heavier where the word is, from the time on at which x_t shows where that is. There
-    the weight depends on x_t alone, so it does not move the optimum.
+    The loss is heavier where the word is, from the time on at which x_t shows where that is. From
+    there on the weight is a function of x_t, so it does not move the optimum.
     """
-    device = generator.device
-    index = torch.randint(len(cards.latents), (count,), generator=generator, device=device)
-    which = torch.randint(cards.ids.shape[1], (count,), generator=generator, device=device)
-    dropped = torch.rand(count, generator=generator, device=device) < recipe.caption_drop
-    ids = torch.where(dropped[:, None], empty, cards.ids[index, which].long())
-    lengths = torch.where(dropped, (empty > 0).sum(), cards.lengths[index, which].long())
-    x1 = cards.latents[index].float()                            # (B, 16, 16, 16)
-    noise = torch.randn(x1.shape, generator=generator, device=device)
-    t = random_times(count, recipe, generator)
-    at = t[:, None, None, None]
-    x = at * x1 + (1 - at) * noise
-    # Captions of over 32 tokens are padded to 64. Training has none; now and then it pads to 64
-    # all the same, so that sampling can.
-    tokens = MAX_TOKENS * (2 if step % recipe.long_every == recipe.long_every - 1 else 1)
-    with reduced_precision(device):
-        v = velocity(nets, x, t, ids, lengths, tokens).float()
-    heavy = cards.words[index] & (t > recipe.word_time)[:, None, None]
-    weight = 1 + (recipe.word_weight - 1) * heavy.unsqueeze(1)
-    return (weight * (v - (x1 - noise)).square()).mean() / weight.mean()
+
+    def __init__(self, recipe, run, nets, cards, empty):
+        self.recipe = recipe
+        self.run = run
+        self.nets = nets
+        self.cards = cards
+        self.count = recipe.batch // run.workers
+        self.empty = F.pad(torch.tensor(empty, device=run.device), (0, MAX_TOKENS - len(empty)))
+        self.empty_length = len(empty)
+
+    def __call__(self, step):
+        recipe, device = self.recipe, self.run.device
+        generator = seeded(device, recipe.seed, 5, step, self.run.rank)
+        index, ids, lengths = self.draw(generator)
+        x1 = self.cards.latents[index].float()                   # (B, 16, 16, 16)
+        noise = torch.randn(x1.shape, generator=generator, device=device)
+        t = random_times(self.count, recipe, generator)
+        at = t[:, None, None, None]
+        x = at * x1 + (1 - at) * noise
+        # Captions of over 32 tokens are padded to 64. Training has none; now and then it pads to
+        # 64 all the same, so that sampling can.
+        tokens = MAX_TOKENS * (1 if step % recipe.long_every else 2)
+        with reduced_precision(device):
+            v = velocity(self.nets, x, t, ids, lengths, tokens).float()
+        heavy = self.cards.words[index] & (t > recipe.word_time)[:, None, None]
+        weight = 1 + (recipe.word_weight - 1) * heavy.unsqueeze(1)
+        return (weight * (v - (x1 - noise)).square()).mean() / weight.mean()
+
+    def draw(self, generator):
+        """Random cards and one caption each, some of them empty -> index, ids, lengths."""
+        cards, where = self.cards, {"generator": generator, "device": self.run.device}
+        index = torch.randint(len(cards.latents), (self.count,), **where)
+        which = torch.randint(cards.ids.shape[1], (self.count,), **where)
+        dropped = torch.rand(self.count, **where) < self.recipe.caption_drop
+        ids = torch.where(dropped[:, None], self.empty, cards.ids[index, which].long())
+        lengths = cards.lengths[index, which].long().masked_fill(dropped, self.empty_length)
+        return index, ids, lengths
 
 
 def reduced_precision(device):
@@ -600,160 +649,137 @@ def reduced_precision(device):
 
 def learning_rate(step, progress, recipe):
     """Share of the full rate: warm-up, constant, then linear to zero."""
-    return min(1, (step + 1) / recipe.warm_up, (1 - progress) / (1 - recipe.decay_from))
+    return min(1, step / recipe.warm_up, (1 - progress) / (1 - recipe.decay_from))
 
 
-def compile_blocks(nets, one_step, out):
-    """Compiles the blocks and tries them; where that fails, the blocks stay as they are.
+def compile_blocks(run, nets, one_step):
+    """Compiles the DiT's blocks and tries them; where that fails, the blocks stay as they are.
 
-    `one_step` computes a loss. Blocks of one kind share their compiled code.
+    `one_step` computes a step's loss. Blocks of one kind share their compiled code.
     """
-    dit = nets["dit"]
+    dit, began = nets["dit"], time.monotonic()
     blocks = [*dit.context_refiner, *dit.noise_refiner, *dit.layers]
-    began = time.monotonic()
     try:
         for block in blocks:
             block.compile(dynamic=False)
-        for step in range(2):
+        for step in (0, 1):                                      # with short and long captions
             one_step(step).backward()
-    except Exception as error:    # whatever a compiler may raise; the run goes on without it
-        log(out, stage="compile", error=str(error)[:500])
+    except Exception as error:    # whatever a compiler may raise: the run goes on without it
+        log(run, stage="compile", error=str(error)[:500])
         for block in blocks:
             block._compiled_call_impl = None
     nets.zero_grad()
-    log(out, stage="compile", seconds=time.monotonic() - began)
+    log(run, stage="compile", seconds=time.monotonic() - began)
 
 
-def pipeline_of(nets, vae, tokenizer, recipe):
-    return sampler.Pipeline(tokenizer, nets["text_encoder"], nets["dit"], vae, recipe.shift,
-                            steps=recipe.sample_steps, guidance=recipe.guidance, size=data.SIDE)
+class Model(NamedTuple):
+    """What sampling needs: the running averages, and what they were trained with."""
+    nets: torch.nn.ModuleDict
+    vae: VAE
+    tokenizer: Tokenizer
+    recipe: Recipe
+
+    def pipeline(self):
+        return sampler.Pipeline(self.tokenizer, self.nets["text_encoder"], self.nets["dit"],
+                                self.vae, self.recipe.shift, size=data.SIDE)
+
+    def export(self, path):
+        """Writes a checkpoint that sampler.py reads, in bfloat16."""
+        vae, recipe = copy.deepcopy(self.vae).to(torch.bfloat16), self.recipe
+        save_pipeline(path, self.nets["dit"], self.nets["text_encoder"], vae, self.tokenizer,
+                      recipe.shift, dtype=torch.bfloat16, steps=recipe.sample_steps,
+                      guidance=recipe.guidance, size=data.SIDE)
 
 
-def export(recipe, run, nets, vae, tokenizer):
-    """Writes the model so far to --out/teacher."""
-    small = copy.deepcopy(vae).to(torch.bfloat16)
-    save_pipeline(os.path.join(run.out, "teacher"), nets["dit"], nets["text_encoder"], small,
-                  tokenizer, recipe.shift, dtype=torch.bfloat16, steps=recipe.sample_steps,
-                  guidance=recipe.guidance, size=data.SIDE)
-
-
-def probe(recipe, run, nets, vae, tokenizer, name):
-    """Accuracy of the averaged weights on unseen prompts, and a grid of their pictures."""
-    pipeline = pipeline_of(nets, vae, tokenizer, recipe)
+def probe(run, model, name):
+    """Scores on unseen prompts, and a grid of their pictures in --out/`name`."""
+    recipe = model.recipe
     prompts = data.prompt_list(recipe.probe_prompts, seed=3)
-    images = evaluate.sample_images(pipeline, prompts, recipe.sample_steps, recipe.guidance)
+    images = evaluate.sample_images(model.pipeline(), prompts, recipe.sample_steps,
+                                    recipe.guidance)
     save_grid(os.path.join(run.out, name), images)
     row = evaluate.score(images, prompts)
-    return {name: value for name, value in row.items() if isinstance(value, float)}
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def checkpoint(run, stage, model):
+    """Keeps the teacher's state, exports the model, and tries it."""
+    stage.save()
+    if run.rank == 0:
+        model.export(os.path.join(run.out, "teacher"))
+        if model.recipe.probe_prompts:
+            log(run, stage="probe", step=stage.step, seconds=stage.seconds(),
+                **probe(run, model, f"samples_{stage.step:06d}.png"))
 
 
 def train_teacher(recipe, run, tokenizer, vae, cards):
-    """Trains text encoder and DiT -> (their running average, whether the stage is complete).
+    """Trains text encoder and DiT -> (Model, whether the stage is complete).
 
     teacher.pt has the state. All workers take the same step, along the mean gradient.
     """
-    path = os.path.join(run.out, "teacher.pt")
     nets = build(recipe, tokenizer.get_vocab_size()).to(run.device)
-    averaged, optims = copy.deepcopy(nets).requires_grad_(False), optimizers(nets, recipe)
-    start, seconds = 0, 0.0
-    if os.path.exists(path):
-        saved = torch.load(path, map_location=run.device)
-        nets.load_state_dict(saved["nets"])
-        averaged.load_state_dict(saved["averaged"])
-        for optimizer, state in zip(optims, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        start, seconds = saved["step"], saved["seconds"]
+    averaged = copy.deepcopy(nets).requires_grad_(False)
+    muon, adam = optimizers(nets, recipe)
+    stage = Stage(run, "teacher", recipe.minutes, recipe.steps, nets=nets, averaged=averaged,
+                  muon=muon, adam=adam)
+    model = Model(averaged, vae, tokenizer, recipe)
     parameters, weights = list(nets.parameters()), list(averaged.parameters())
-    generator = torch.Generator(run.device)
-    empty = torch.tensor(token_ids(tokenizer, ""), device=run.device)
-    empty = F.pad(empty, (0, MAX_TOKENS - len(empty)))
-    one_step = partial(flow_loss, nets, cards, empty, recipe, recipe.batch // run.workers,
-                       generator=generator)
-    clock = Clock(recipe.minutes, recipe.steps, seconds, run.stop_after)
+    one_step = FlowLoss(recipe, run, nets, cards, token_ids(tokenizer, ""))
     if recipe.compile:
-        compile_blocks(nets, lambda step: one_step(step * (recipe.long_every - 1)), run.out)
+        compile_blocks(run, nets, one_step)
 
-    def checkpoint(step, name):
-        if run.rank:
-            return
-        save(path, {"step": step, "seconds": clock.seconds(), "nets": nets.state_dict(),
-                    "averaged": averaged.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optims]})
-        export(recipe, run, averaged, vae, tokenizer)
-        log(run.out, stage="probe", step=step, seconds=clock.seconds(),
-            **probe(recipe, run, averaged, vae, tokenizer, name))
-
-    losses, saved_at = [], clock.seconds()
-    for step in itertools.count(start):
-        progress = agree(clock.progress(step))
-        if progress >= 1:
-            break
-        rate = learning_rate(step, progress, recipe)
-        for optimizer, full in zip(optims, (recipe.muon_lr, recipe.adam_lr)):
-            optimizer.param_groups[0]["lr"] = full * rate
-        generator.manual_seed(step_seed(recipe.seed, 5, step, run.rank))
-        loss = one_step(step)
-        loss.backward()
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optims:
-            optimizer.step()
-            optimizer.zero_grad()
+    losses = []
+    for progress in stage:
+        rate = learning_rate(stage.step, progress, recipe)
+        muon.param_groups[0]["lr"] = recipe.muon_lr * rate
+        adam.param_groups[0]["lr"] = recipe.adam_lr * rate
+        loss = one_step(stage.step)
+        descend(loss, parameters, [muon, adam])
         with torch.no_grad():
-            decay = min(recipe.ema, (1 + step) / (10 + step))
+            decay = min(recipe.ema, stage.step / (9 + stage.step))
             torch._foreach_lerp_(weights, parameters, 1 - decay)
         losses.append(loss.detach())
-        if (step + 1) % recipe.log_every == 0:
-            if run.rank == 0:
-                log(run.out, stage="teacher", step=step + 1, seconds=clock.seconds(),
-                    loss=torch.stack(losses).mean().item(), rate=rate)
+        if len(losses) == recipe.log_every:
+            log(run, stage="teacher", step=stage.step, seconds=stage.seconds(),
+                loss=torch.stack(losses).mean().item(), rate=rate)
             losses = []
-        if clock.seconds() - saved_at > 60 * recipe.save_minutes:
-            checkpoint(step + 1, f"samples_{step + 1:06d}.png")
-            saved_at = clock.seconds()
-    if step > start:
-        checkpoint(step, "samples.png")
-    return averaged, not math.isinf(progress)
+        if stage.save_is_due(recipe.save_minutes):
+            checkpoint(run, stage, model)
+    if stage.step:
+        checkpoint(run, stage, model)
+    return model, stage.complete
 
 
 # --- Report -------------------------------------------------------------------------------------
 
 
-def report(recipe, run, nets, vae, tokenizer):
-    """report.json: accuracy on unseen prompts by steps and guidance, open and given prompts apart.
+def report(run, model):
+    """report.json: scores on unseen prompts by steps and guidance, open and given prompts apart.
 
     Open prompts leave a third of the attributes out, given ones name all. One step without
     guidance should be clearly worse on open prompts: that is what distillation has to win.
     """
-    pipeline, rows = pipeline_of(nets, vae, tokenizer, recipe), []
+    recipe, rows = model.recipe, []
+    many, guidance = recipe.sample_steps, recipe.guidance
     prompts = {"open": data.prompt_list(recipe.report_prompts, seed=4),
                "given": data.prompt_list(recipe.report_prompts, seed=5, drop=0.0)}
-    many = recipe.sample_steps
-    settings = [(1, 0), (many, recipe.guidance), (2, 0), (4, 0), (4, recipe.guidance), (many, 0),
-                (many, 4.0)]
-    for kind, (steps, guidance) in itertools.product(prompts, settings):
-        images = evaluate.sample_images(pipeline, prompts[kind], steps, guidance)
-        row = {"prompts": kind, "steps": steps, "guidance": guidance}
-        row |= evaluate.score(images, prompts[kind])
-        rows.append(row)
-        save_grid(os.path.join(run.out, f"{kind}_{steps}_{guidance:g}.png"), images[:64])
-        text = json.dumps(rows, indent=1)
-        write_whole(os.path.join(run.out, "report.json"), lambda part, text=text: part.write_text(text))
-        log(run.out, stage="report", **{k: v for k, v in row.items() if not isinstance(v, dict)})
+    settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
+    for (steps, strength), kind in itertools.product(settings, prompts):
         if stopping():
             return
+        images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
+        row = {"prompts": kind, "steps": steps, "guidance": strength}
+        rows.append(row | evaluate.score(images, prompts[kind]))
+        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:64])
+        write_json(os.path.join(run.out, "report.json"), rows)
+        log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
+
+
+def write_json(path, value):
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1), encoding="utf-8"))
 
 
 # --- Command line -------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """Where and by how many a run is worked on."""
-    out: str
-    device: torch.device
-    rank: int = 0
-    workers: int = 1
-    stop_after: int | None = None
 
 
 def work(recipe, run, drawings, meeting):
@@ -769,9 +795,9 @@ def work(recipe, run, drawings, meeting):
     vae = train_vae(recipe, run, drawings)
     if vae is not None:
         cards = encode_cards(recipe, run, vae, drawings)
-        averaged, complete = train_teacher(recipe, run, tokenizer, vae, cards)
-        if complete and run.rank == 0:
-            report(recipe, run, averaged, vae, tokenizer)
+        model, complete = train_teacher(recipe, run, tokenizer, vae, cards)
+        if complete and run.rank == 0 and recipe.report_prompts:
+            report(run, model)
     if run.workers > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -832,8 +858,10 @@ def main():
     recipe = recipe_from(args)
     check(args, recipe)
     torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True
     listen()
-    log(args.out, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
+    run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
+    log(run, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
     tokenizer = data.build_tokenizer()
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
     drawings = Drawings(recipe, tokenizer)
@@ -843,7 +871,6 @@ def main():
         if not on_gpu:
             drawings.wait(recipe.drawings)                       # before the workers are forked
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
         rest = drawings, os.path.join(folder, "meeting")
         others = [multiprocessing.get_context("fork").Process(
             target=work, args=(recipe, run._replace(rank=rank), *rest), daemon=True)
