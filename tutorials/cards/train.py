@@ -112,7 +112,7 @@ class Recipe:
     save_minutes: float = 10.0
 
 
-GPU = dict(drawings=160_000, vae_drawings=16384, vae_minutes=1.4, vae_batch=64, vae_crops=0.0,
+GPU = dict(drawings=160_000, vae_drawings=16384, vae_minutes=1.4, vae_batch=32, vae_crops=0.0,
            minutes=5.3, batch=512, ema=0.999, compile=True, log_every=200, save_minutes=1.0)
 SMOKE = dict(drawings=64, vae_drawings=64, captions=2, vae_steps=6, vae_batch=2, steps=6, batch=8,
              dim=32, layers=1, sample_steps=2, probe_prompts=4, report_prompts=4, log_every=2,
@@ -179,8 +179,17 @@ def stopping():
 
 
 def listen():
+    """From here on the two signals are noted, and the stage that runs ends at its next step."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() == owner:
+            _signals.append(number)
+        elif number == signal.SIGTERM:                           # a process that was forked later
+            os._exit(1)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _signals.append(1))
+        signal.signal(number, handle)
 
 
 class Stage:
@@ -309,9 +318,10 @@ class Drawings:
         self.processes = []
 
     def start(self, processes):
-        """Starts drawing. With 0 processes everything is drawn before this returns."""
-        if not processes:
+        """Starts the processes that draw. Where a system has no fork, draws everything here."""
+        if "fork" not in multiprocessing.get_all_start_methods():
             self.draw_chunks(0, 1)
+            return
         for k in range(processes):
             process = multiprocessing.get_context("fork").Process(
                 target=self.draw_chunks, args=(k, processes), daemon=True)
@@ -319,9 +329,6 @@ class Drawings:
             self.processes.append(process)
 
     def draw_chunks(self, first, stride):
-        if self.processes or stride > 1:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)          # the main process stops this one
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for chunk in range(first, self.chunks, stride):
             rng = np.random.default_rng((self.recipe.seed, 1, chunk))
             stop = min((chunk + 1) * self.CHUNK, self.recipe.drawings)
@@ -354,11 +361,12 @@ def as_images(pictures):
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def test_images(count, seed, device):
-    """Cards that training does not draw, (count, 3, H, W) in [-1, 1]."""
+def test_cards(count, seed, device):
+    """Cards that training does not draw -> images (count, 3, H, W), and captions that name all."""
     rng = np.random.default_rng((seed, 2))
-    pictures = np.stack([data.draw(data.random_scene(rng)) for _ in range(count)])
-    return as_images(torch.from_numpy(pictures).to(device))
+    scenes = [data.random_scene(rng, held_out=True) for _ in range(count)]
+    pictures = torch.from_numpy(np.stack([data.draw(scene) for scene in scenes]))
+    return as_images(pictures.to(device)), [data.caption(scene, rng, drop=0) for scene in scenes]
 
 
 # --- VAE ----------------------------------------------------------------------------------------
@@ -424,7 +432,7 @@ def train_vae(recipe, run, drawings):
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, recipe.vae_lr, (0.9, 0.99), weight_decay=0.01)
     stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, optimizer=optimizer)
-    test = test_images(64, recipe.seed, run.device)
+    test, captions = test_cards(64, recipe.seed, run.device)
     drawings.wait(recipe.vae_drawings)
     pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
     count = max(recipe.vae_batch // run.workers, 1)
@@ -453,7 +461,8 @@ def train_vae(recipe, run, drawings):
     vae = finished_vae(run)
     if run.rank == 0:
         images, psnr = reconstruct(vae, test)
-        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr)
+        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr,
+            read_back=evaluate.score(images, captions, test.cpu())["joint"])
         pairs = torch.stack((test[:16], images[:16]), 1).flatten(0, 1)
         save_grid(os.path.join(run.out, "vae.png"), pairs)
     return vae
@@ -680,15 +689,17 @@ class Model(NamedTuple):
     recipe: Recipe
 
     def pipeline(self):
+        device = next(self.vae.parameters()).device
         return sampler.Pipeline(self.tokenizer, self.nets["text_encoder"], self.nets["dit"],
-                                self.vae, self.recipe.shift, size=data.SIDE)
+                                self.vae, self.recipe.shift, size=data.SIDE, device=device)
 
     def export(self, path):
         """Writes a checkpoint that sampler.py reads, in bfloat16."""
-        vae, recipe = copy.deepcopy(self.vae).to(torch.bfloat16), self.recipe
-        save_pipeline(path, self.nets["dit"], self.nets["text_encoder"], vae, self.tokenizer,
-                      recipe.shift, dtype=torch.bfloat16, steps=recipe.sample_steps,
-                      guidance=recipe.guidance, size=data.SIDE)
+        nets, recipe = copy.deepcopy(self.nets).cpu(), self.recipe
+        vae = copy.deepcopy(self.vae).to("cpu", torch.bfloat16)
+        save_pipeline(path, nets["dit"], nets["text_encoder"], vae, self.tokenizer, recipe.shift,
+                      dtype=torch.bfloat16, steps=recipe.sample_steps, guidance=recipe.guidance,
+                      size=data.SIDE)
 
 
 def probe(run, model, name):
@@ -770,13 +781,9 @@ def report(run, model):
         images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
         row = {"prompts": kind, "steps": steps, "guidance": strength}
         rows.append(row | evaluate.score(images, prompts[kind]))
-        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:64])
-        write_json(os.path.join(run.out, "report.json"), rows)
+        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
+        evaluate.write_json(os.path.join(run.out, "report.json"), rows)
         log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
-
-
-def write_json(path, value):
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1), encoding="utf-8"))
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -840,6 +847,8 @@ def check(args, recipe):
     if args.workers < 1 or recipe.batch % args.workers:
         raise UserError(f"--workers should divide the batch of {recipe.batch}, "
                         f"not be {args.workers}")
+    if args.workers > 1 and "fork" not in multiprocessing.get_all_start_methods():
+        raise UserError("--workers above 1 needs a system that can fork processes, as Linux can")
     if args.device == "cuda" and args.workers > 1:
         raise UserError("--workers is for the CPU: a GPU is worked by one process")
     if args.device == "cuda" and not torch.cuda.is_available():
