@@ -8,7 +8,6 @@ defines time, velocity and Euler step. What is optional stands below a line that
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -27,33 +26,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     if __name__ == "__main__" and sys.stderr:
         print("loading ...", file=sys.stderr, flush=True)        # PyTorch alone takes seconds
+    import numpy as np
     import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from PIL import Image, ImageOps, PngImagePlugin
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
-import numpy as np
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
-from tokenizers import Tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
-
-from convert_weights import (
-    Parser,
-    UserError,
-    add_common_options,
-    fingerprint,
-    load_dit,
-    load_text_encoder,
-    load_vae,
-    number,
-    open_checkpoint,
-    run_command,
-    write_whole,
-)
+import convert_weights
+from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
 from model import PATCH, VAE, Attention, Decoder, DiT, Encoder, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's, for one message
@@ -717,6 +702,7 @@ def use_tiles(vae, tile=64, above=2e6):
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
            for name in ("cards/student", "cards/teacher", "shapes/student", "shapes/teacher")]
+SDPBackend = nn.attention.SDPBackend
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
@@ -747,15 +733,18 @@ def png_name(text):
 
 def make_parser():
     """All options. Those that are not given are None, so that --like can tell; see DEFAULTS."""
-    parser = Parser(description="Prompt to image with Z-Image-Turbo or the small bundled model.")
+    parser = convert_weights.Parser(
+        description="Prompt to image with Z-Image-Turbo or the small bundled model.")
     add = parser.add_argument
+    number = convert_weights.number
     add("prompt", nargs="*", help="prompts, each in quotes; - alone reads them from standard "
         "input, one a line, and prints the path of each picture as it is done")
     add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--model", help="a directory, one file, or a name such as Tongyi-MAI/Z-Image-Turbo "
         "(default: the bundled model)")
-    add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora",
-                       "--device", "--seed", lora=None, device=None, seed=None)
+    convert_weights.add_common_options(
+        parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora", "--device", "--seed",
+        lora=None, device=None, seed=None)
     add("--like", metavar="PICTURE.png", help="take prompt and settings from a picture that this "
         "program made; other options win")
     add("--out", type=png_name, metavar="FILE.png", help="default image.png, or image-1.png ...")
@@ -865,6 +854,11 @@ def read_recorded(parser, args):
     return {name: value for name, value in known.items() if value not in (None, [], False)}
 
 
+def fingerprint(path):
+    """convert_weights.fingerprint; None for the name of a model on the hub."""
+    return convert_weights.fingerprint(path) if Path(path).exists() else None
+
+
 def find_file(picture, option, name, digest):
     """The file or model that a picture was made with: here, beside the picture, or bundled."""
     for path in (Path(name), Path(picture).parent / name, *BUNDLED):
@@ -925,7 +919,7 @@ def enlarge(image, how):
 
 def save_png(image, path, info, index=0):
     """Writes a PNG with text chunks to path-INDEX (for 0: path) or the next free name -> name."""
-    text = PngInfo()
+    text = PngImagePlugin.PngInfo()
     for key, value in info.items():           # file names need not be Unicode
         text.add_text(key, str(value).encode("utf-8", "replace").decode())
     for i in itertools.count(index):
@@ -934,7 +928,7 @@ def save_png(image, path, info, index=0):
             name.open("x").close()
             break
     try:
-        write_whole(name, lambda part: image.save(part, format="PNG", pnginfo=text))
+        convert_weights.write_whole(name, lambda part: image.save(part, format="PNG", pnginfo=text))
     except BaseException:
         name.unlink()
         raise
@@ -963,6 +957,8 @@ def keep_freed_memory():
 
     It would return them to the system, which fills them with zeros before the next step.
     """
+    import ctypes
+
     with suppress(AttributeError, OSError, TypeError):           # another C library
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(mmap_threshold, 2 ** 30)
@@ -1051,8 +1047,8 @@ def make_record(args, pipeline, dtype, settings, size):
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
     files.setdefault("model", find_bundled())
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
-    entries = {name: [(Path(path).name, fingerprint(path) if Path(path).exists() else None, *more)
-                      for path, *more in value] for name, value in entries.items()}
+    entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
+               for name, value in entries.items()}
     return {**options, "model": pipeline.name, "files": json.dumps(entries),
             "options": json.dumps([*options])}
 
@@ -1131,9 +1127,10 @@ def main():
     height, width = check_size(pipeline, height, width)
     function = partial(function, height=height, width=width, **settings)
     record = make_record(args, pipeline, dtype, settings, f"{width}x{height}")
-    with sdpa_kernel(ATTENTION[args.attention]) if args.attention else nullcontext():
+    kernel = ATTENTION.get(args.attention)
+    with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
         draw(args, pipeline, record, function)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    convert_weights.run_command(main)
