@@ -50,6 +50,16 @@ def teacher(x, t, text):
     return (log_densities(x, t, text).softmax(-1)[..., None] * each).sum(1)
 
 
+def gaussian_velocity(x, t, text, means, owner, spread):
+    """E[data - noise | x_t = x] of equal Gaussians around `means` (K, 2), of which text c has those with owner c; -1 has all."""
+    at, time = t[:, None, None] * means, t[:, None]                                             # (B, K, 2)
+    variance = (time * spread) ** 2 + (1 - time) ** 2
+    weights = -(x[:, None] - at).square().sum(-1) / (2 * variance)
+    weights = weights.masked_fill((text[:, None] >= 0) & (owner != text[:, None]), -math.inf).softmax(-1)
+    slope = (time * spread**2 - (1 - time)) / variance
+    return (weights[..., None] * (means + slope[..., None] * (x[:, None] - at))).sum(1)
+
+
 class MLP(nn.Module):
     """Student, fake, and what the discriminator sees: 21,394 parameters."""
 
