@@ -15,15 +15,24 @@ whichever layouts lie at the two ends. Nothing is ever unpickled.
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import struct
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:           # Windows
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,10 +40,6 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model import VAE, DiT, DiTConfig, Linear, TextEncoder, TextEncoderConfig, VAEConfig, quantise
-
-
-class UserError(Exception):
-    """Something the user can mend, said in one sentence. The command lines print it and exit with code 2."""
 
 
 # --- The tables: all there is to know about the official layout ---------------------------------------------
@@ -170,30 +175,6 @@ def build_pieces(network, config):
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
-
-def read_json(path):
-    """A JSON object from a file; UserError if there is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} should hold a JSON object, not {type(data).__name__}")
-    return data
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30       # not NaN either
-
-
-def is_whole(value):
-    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
-
-
-RULES = {int: (is_whole, "a positive whole number"), float: (is_number, "a number"),
-         tuple: (lambda v: isinstance(v, (list, tuple)) and v and all(map(is_whole, v)), "a list of positive whole numbers")}
 
 
 def parse_config(network, data, path, official=True):
@@ -389,7 +370,7 @@ def open_checkpoint(path):
     else:
         raise UserError(f"{path} is not a model directory: it holds neither transformer/ (official layout) nor dit.safetensors (ours)")
     for key, value in {"shift": None, **settings}.items():
-        if not (is_whole(value) if key in ("steps", "size", "trained_steps") else is_number(value) and value >= 0):
+        if not (is_positive_integer(value) if key in ("steps", "size", "trained_steps") else is_number(value) and value >= 0):
             raise UserError(f"{source}: {key} should be a number, not {value!r}")
     return Checkpoint(folders, tokenizer, settings)
 
@@ -457,40 +438,13 @@ def write_json(path, data):
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def written_whole(path, replace=False):
-    """A new directory to write in; what is in it comes to lie in `path` when all is written. On failure it is removed.
-
-    `replace`: `path` may hold files; those of the same names are replaced, one after the other. Otherwise it must be
-    new or empty.
-    """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
-        raise UserError(f"{path} exists already; name a new directory, or remove it first")
-    made = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        part = path / f".part-{os.getpid()}"  # inside: the same file system, whatever is mounted where
-        part.mkdir()
-        try:
-            yield part
-            for file in part.iterdir():
-                os.replace(file, path / file.name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-            if made and not any(path.iterdir()):
-                path.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def convert(source, target, to="ours", dtype=None):
     """Converts a checkpoint directory of either layout; `dtype` None keeps each tensor's. The VAE is always kept as stored."""
     checkpoint = open_checkpoint(source)
     stored = {network: open_network(network, folder) for network, folder in checkpoint.folders.items()}
     load_tokenizer(checkpoint.tokenizer)
     total = sum(torch.Size(piece.shape).numel() for s in stored.values() for piece in s.pieces)
-    with written_whole(target) as folder, tqdm(total=total, unit=" parameters", unit_scale=True) as bar:
+    with new_directory(target) as folder, tqdm(total=total, unit=" parameters", unit_scale=True) as bar:
         for network, s in stored.items():
             bar.set_description(network)
             copy_network(network, s, folder, to, None if network == "vae" else dtype, bar)
@@ -507,17 +461,19 @@ def convert(source, target, to="ours", dtype=None):
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer/tokenizer.json")
 
 
-def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=torch.bfloat16, **settings):
+def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, steps=None, guidance=None, size=None, **more):
     """Writes three modules and a tokenizers.Tokenizer in our layout, replacing a checkpoint already in `path`; the VAE in its own dtype.
 
     `settings`: the "steps", "guidance" and "size" (pixels) the model is meant to be sampled with; of a distilled
     student the "trained_steps".
     """
+    settings = {"steps": steps, "guidance": guidance, "size": size, **more}
+    settings = {name: value for name, value in settings.items() if value is not None}
     networks = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
-    with written_whole(path, replace=True) as folder:
+    with new_directory(path, replace=True) as folder:
         for network, module in networks.items():
             state = module.state_dict()
-            write_safetensors(folder / f"{network}.safetensors", {name: (t.shape, t.dtype if network == "vae" else dtype) for name, t in state.items()},
+            write_safetensors(folder / f"{network}.safetensors", {name: (t.shape, t.dtype if network == "vae" or dtype is None else dtype) for name, t in state.items()},
                               ((name, 0, t) for name, t in state.items()))
         tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "config.json", {**{network: dataclasses.asdict(module.config) for network, module in networks.items()},
@@ -547,24 +503,6 @@ def check_release(path):
     return results
 
 
-def run_command(main):
-    """Runs a command line; what the user can mend is one sentence on stderr and exit code 2, Ctrl-C is 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):    # a name the terminal cannot show must not end the run
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:                  # no permission, a name too long, a device that went away
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Convert Z-Image checkpoints between the official layout and ours, or check a download.", allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", nargs="?", help="a checkpoint directory, official or ours")
@@ -585,6 +523,244 @@ def main():
         print(f"wrote {args.target}")
     else:
         parser.error("give SRC and DST, or --check DIR")
+
+
+# --- Shared by all command lines ----------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, said in one sentence. It is printed; the exit code is 2."""
+
+
+def run_command(main):
+    """Runs a command line: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:        # the user closed it; progress bars still write to it
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            # A name that the terminal cannot show must not end the run.
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                  # no permission, a name too long, a device that is gone
+        place = error.filename or "input or output"
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, so that a wrong option ends in one sentence."""
+
+    def __init__(self, *args, allow_abbrev=False, **options):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **options)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(low=-math.inf, high=math.inf, kind=float, above=None):
+    """An argparse type: a finite number from `low` to `high`; `above`: larger than this."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+        good = low <= value <= high and math.isfinite(value)
+        if not good or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"should be {wanted}, not {text}")
+        return value
+
+    name = "whole number" if kind is int else "number"
+    limits = [f"above {above}"] if above is not None else []
+    if low > -math.inf and above is None:
+        limits.append(f"at least {low}")
+    if high < math.inf:
+        limits.append(f"at most {high}")
+    wanted = " and ".join(limits) or "finite"
+    return parse
+
+
+def add_common_options(parser, *names, **defaults):
+    """Adds options that several scripts have, such as "--seed"; `defaults`: other default values."""
+    for name in names:
+        option = dict(COMMON_OPTIONS[name])
+        default = defaults.get(name.strip("-").replace("-", "_"), option.get("default"))
+        parser.add_argument(name, **{**option, "default": default})
+
+
+def adapter(text):
+    """An argparse type: FILE or FILE:STRENGTH -> (file, strength). A drive letter is no file."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or re.fullmatch(r"[A-Za-z]", file) or Path(text).exists():
+        return text, 1.0
+    return file, number(-100, 100)(strength)
+
+
+COMMON_OPTIONS = {
+    "--dit": {"metavar": "FILE", "help": "take the DiT from this file or component folder"},
+    "--text-encoder": {"metavar": "FILE", "help": "take the text encoder from there"},
+    "--vae": {"metavar": "FILE", "help": "take the VAE from there"},
+    "--tokenizer": {"metavar": "FILE", "help": "take the tokenizer from this tokenizer.json"},
+    "--lora": {"metavar": "FILE[:STRENGTH]", "action": "append", "type": adapter, "default": [],
+               "help": "add a LoRA, LoKr or LoHa to the DiT (repeatable; strength 1 if not given)"},
+    "--device": {"default": "auto",
+                 "help": "cuda, mps or cpu (default: the first of them that is there)"},
+    "--seed": {"type": number(0, 2 ** 63 - 1, int), "default": 0, "metavar": "N",
+               "help": "whole number (default: 0)"},
+}
+
+
+def is_number(value):
+    """Whether a value from a JSON file is a number that float32 can hold; NaN is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_positive_integer(value):
+    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
+
+
+def read_json(path):
+    """The JSON object in a file. UserError where there is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def hold(path):
+    """Locks a file or directory -> descriptor; None where another process holds it.
+
+    The system drops the lock when the process ends, however it ends. So a temporary file that
+    can be locked was left by a dead process, whatever that process's number was.
+    """
+    if fcntl is None:                         # Windows: nothing is ever taken for dead
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove(path):
+    """Removes a file or directory, as far as that goes."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def temporary(folder, prefix, make):
+    """A new path folder/prefix..., made by make(path), removed at the end unless it was renamed.
+
+    What dead processes left under such names is removed first.
+    """
+    for old in folder.glob(f"{glob.escape(prefix)}*"):
+        descriptor = hold(old)
+        if descriptor is not None:
+            remove(old)
+            os.close(descriptor)
+    path = folder / f"{prefix}{secrets.token_hex(4)}"
+    make(path)
+    descriptor = hold(path)
+    try:
+        yield path
+    finally:
+        remove(path)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def write_whole(path, write):
+    """Calls write(part) with a name beside `path`, then renames: the old file or the new one is there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path.parent, f"{path.name}.part-", Path.touch) as part:
+            write(part)
+            os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}") from None
+
+
+@contextmanager
+def new_directory(path, replace=False):
+    """A directory to write in; its files come to lie in `path` when the block ends without an error.
+
+    `path` must be new or empty. With `replace` it may hold files; those of the same names are
+    replaced, one after the other. After an error nothing is left.
+    """
+    path = Path(path)
+    parts = path.glob(".part-*") if path.is_dir() else []
+    if path.exists() and not (path.is_dir() and (replace or set(path.iterdir()) <= set(parts))):
+        raise UserError(f"{path} exists already; name a new directory, or remove it first")
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            # Inside `path`: on the same file system, whatever is mounted where.
+            with temporary(path, ".part-", Path.mkdir) as part:
+                yield part
+                for file in part.iterdir():
+                    os.replace(file, path / file.name)
+        finally:
+            if made and not any(path.iterdir()):
+                path.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+SAMPLES, SAMPLE_BYTES = 1024, 4096
+
+
+def fingerprint(path):
+    """A hash of what a file, or the model files (else all files) of a directory, say: 16 hex digits.
+
+    Of a file above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take
+    a moment: other weights are noticed, a single changed number may not be. The place and the
+    name of `path` do not count.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        model = [file for file in files if file.suffix in (".safetensors", ".json", ".gguf")]
+        files = model or files
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+            with open(file, "rb") as data:
+                if size <= 1 << 26:
+                    digest.update(data.read())
+                    continue
+                for i in range(SAMPLES):
+                    data.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                    digest.update(data.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return digest.hexdigest()[:16]
+
+
+RULES = {int: (is_positive_integer, "a positive whole number"), float: (is_number, "a number"),
+         tuple: (lambda v: isinstance(v, (list, tuple)) and v and all(map(is_positive_integer, v)), "a list of positive whole numbers")}
 
 
 if __name__ == "__main__":
