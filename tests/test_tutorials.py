@@ -1,18 +1,180 @@
-"""tutorials/plot_run.py: the picture of a run, and what it says where there is none to draw. The notebooks are run when they are written."""
+"""The pages of tutorials/: they run, say what they said when they were stored, and keep their links.
+
+tests/tools/execute_notebooks.py has what reads and runs a page. plot_run.py's tests are below.
+"""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
-from conftest import ROOT, refused, run_here
 from PIL import Image
+
+from conftest import ROOT, refused, run_here
 
 pytest.importorskip("matplotlib")             # tutorials/requirements.txt
 pytest.importorskip("IPython")
-sys.path.insert(0, str(ROOT / "tutorials"))
+sys.path[:0] = [str(ROOT / "tutorials"), str(ROOT / "tests" / "tools")]
 
+import execute_notebooks as pages  # noqa: E402
+import figures  # noqa: E402
 import plot_run  # noqa: E402
+
+NOTEBOOKS = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
+
+# Where a function of the code is explained: its docstring names the page, and the page links to it.
+EXPLAINED = {
+    "distill.distribution_matching": "03_from_kl_to_two_terms.ipynb",
+    "distill.proxy_loss": "03_from_kl_to_two_terms.ipynb",
+    "distill.fake_loss": "03_from_kl_to_two_terms.ipynb",
+    "distill.training_step": "04_spear_and_shield.ipynb",
+    "distill.sample_tau": "05_when_to_renoise.ipynb",
+    "sampler.sample": "01_flow_matching.ipynb",
+    "sampler.time_schedule": "01_flow_matching.ipynb"}
+
+
+def markdown(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join("".join(cell["source"]) for cell in pages.cells_of(path)
+                       if cell["cell_type"] == "markdown")
+
+
+# --- Run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@NOTEBOOKS
+def test_page_runs_and_says_what_it_said(path):
+    """From a clean kernel, with the code of all folded answers; headline numbers within what they say."""
+    pytest.importorskip("nbclient")
+    stored = pages.headlines(pages.cells_of(path))
+    fresh = pages.headlines(pages.execute(path).cells)
+    assert stored.keys() == fresh.keys() and stored
+    for name, (value, within) in stored.items():
+        assert abs(fresh[name][0] - value) <= within, (name, value, fresh[name])
+
+
+# --- Read ---------------------------------------------------------------------------------------
+
+
+@NOTEBOOKS
+def test_page_has_its_parts(path):
+    text, cells = markdown(path), pages.cells_of(path)
+    assert text.startswith("# ") and "*You will see*" in text and "Time:" in text
+    assert 9 <= len(cells) <= 20
+    assert "**Predict.**" in text
+    assert text.count("<details>") == text.count("</details>") == text.count("<summary>Answer</summary>")
+    exercises = text[text.index("## Exercises"):]
+    assert len(re.findall(r"^\*\*\d\.\*\*", exercises, re.M)) == exercises.count("<details>") >= 2
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "check(" in code or "assert " in code
+    assert not re.search(r"\bpatch\(|setattr\(", code)           # nothing is replaced at run time
+
+
+@NOTEBOOKS
+def test_lines_are_short(path):
+    """88 columns in cells and in stored text: longer ones are cut off where pages are read."""
+    for number, cell in enumerate(pages.cells_of(path)):
+        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+        for text in pages.texts_of_outputs(cell):
+            lines += text.splitlines()
+        assert not [line for line in lines if len(line) > 88], number
+        errors = [out for out in cell.get("outputs", []) if out["output_type"] == "error"]
+        assert not errors, number
+
+
+@NOTEBOOKS
+def test_page_was_run_in_order(path):
+    counts = [cell["execution_count"] for cell in pages.cells_of(path) if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_pages_are_small():
+    images = (ROOT / "tutorials" / "images").glob("*")
+    assert sum(path.stat().st_size for path in [*pages.PAGES, *images]) < 12e6
+    assert (ROOT / "tutorials" / "images" / "film.gif").stat().st_size < 400e3
+
+
+# --- Links, both ways ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", pages.PAGES, ids=lambda path: path.stem)
+def test_links_to_functions_point_to_them(path):
+    text = path.read_text(encoding="utf-8")
+    assert pages.correct_links(text) == text, "python tests/tools/execute_notebooks.py --links"
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_code_and_page_know_each_other(name):
+    page = EXPLAINED[name]
+    module, function = name.split(".")
+    assert f"[{name}](" in (ROOT / "tutorials" / page).read_text(encoding="utf-8")
+    assert f"[{name}](" in (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    docstring = getattr(__import__(module), function).__doc__
+    assert f"tutorials/{page[:2]}" in docstring
+
+
+@pytest.mark.parametrize("path", pages.PAGES, ids=lambda path: path.stem)
+def test_images_and_pages_exist(path):
+    for target in re.findall(r"\]\(([^)#\s]+?)(?:#[^)]*)?\)", markdown(path)):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_map_names_every_page():
+    text = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    for path in pages.PAGES:
+        assert path.name == "README.md" or f"]({path.name})" in text, path.name
+
+
+def test_glossary_has_both_languages():
+    rows = [line.strip("|").split("|") for line in
+            (ROOT / "tutorials" / "glossary.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| ")][1:]
+    assert len(rows) > 25
+    for row in rows:
+        assert len(row) == 4 and row[0].isascii() and re.search(r"[一-鿿]", row[3]), row
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+def test_every_drawing_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    for name in ("iteration", "networks", "schedules", "time_axis", "dit", "block", "rope"):
+        figures.FIGURES[name][0]()
+        assert (tmp_path / f"{name}.svg").stat().st_size > 5000
+        assert (ROOT / "tutorials" / "images" / f"{name}.svg").exists()
+
+
+def test_figures_refuses_unknown_names():
+    result = run_here(figures.main, "no_such_figure")
+    assert result.returncode == 2 and "no_such_figure" in result.stderr
+    assert run_here(figures.main).returncode == 2
+    assert "film" in run_here(figures.main, "--list").stdout
+
+
+def test_result_lines_can_be_read_back(capsys):
+    figures.result("CA + DM: off", 0.25949, 0.1)
+    cell = {"outputs": [{"output_type": "stream", "text": capsys.readouterr().out}]}
+    assert pages.headlines([cell]) == {"CA + DM: off": (0.259, 0.1)}
+
+
+def test_check_finds_a_wrong_answer():
+    figures.check("right", [1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(AssertionError, match="off by 0.1"):
+        figures.check("wrong", [1.0, 2.1], [1.0, 2.0])
+
+
+def test_answers_are_the_folded_code_alone():
+    cells = [{"cell_type": "markdown", "source": ["```python\nno = 1\n```\n<details><summary>Answer"
+                                                  "</summary>\n\n```python\nyes = 1\n```\n</details>"]},
+             {"cell_type": "code", "source": ["other = 1"]}]
+    assert pages.answers(cells) == ["yes = 1\n"]
+
+
+# --- plot_run.py --------------------------------------------------------------------------------
 
 LOG = ROOT / "tutorials" / "shapes" / "student" / "log.jsonl"
 
