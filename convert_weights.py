@@ -1311,7 +1311,9 @@ def check_settings(settings, path):
     """The settings of a checkpoint, or UserError."""
     for key, value in settings.items():
         kind = SETTINGS.get(key)
-        if kind is None or not has_type(value, kind) or value < 0:
+        if key == "trained_steps" and isinstance(value, (list, tuple)):      # several numbers
+            kind = tuple
+        if kind is None or not has_type(value, kind) or (kind is float and value < 0):
             wanted = FIELD_TYPES[kind] if kind else "left out: it is not known"
             raise UserError(f"{path}: {key} should be {wanted}, not {value!r}")
     return settings
@@ -1566,7 +1568,7 @@ def save_pipeline(path, dit, text_encoder, vae, tokenizer, shift, dtype=None, st
 
     dtype: of DiT and text encoder (None: their own; the VAE always keeps its own). steps, guidance
     and size (pixels) are those that the model is meant to be sampled with; `more` may give
-    trained_steps, the only number of steps that a distilled student knows.
+    trained_steps, the number of steps (or a list of them) that a student was distilled for.
     """
     networks = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
     settings = {"shift": shift, "steps": steps, "guidance": guidance, "size": size, **more}

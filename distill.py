@@ -17,24 +17,21 @@ there say where to push x. The push has two terms, each with its own tau and noi
 
 Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
-  - It learns on the images made before the student's update, the same ones in all its updates.
-    The paper makes new images for each update.
+  - It learns on the images made before the student's update; the paper makes new ones each time.
   - z_t comes from the Euler steps of sampler.py. The paper leaves open how z_t is made.
-  - Each term is divided by mean |x - x_hat(teacher, text)| of its item. The paper names no
-    normalizer, and no value of the loss weight lambda; here lambda is 1.
+  - Each term is divided by mean |x - x_hat(teacher, text)| of its item, and the loss weight
+    lambda is 1. The paper names no normalizer and no lambda.
 """
 
 import json
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from array import array
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -50,19 +47,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
-                                                     HuggingFaceStorageWriter)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
-from convert_weights import (Parser, UserError, fingerprint, number, official_name, read_json,
-                             run_command, save_pipeline, temporary, write_whole)
+import convert_weights
+import sampler
+from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
 from model import DiT, Text
-from sampler import (advise_on_errors, check_size, encode_prompts, find_device, keep_freed_memory,
-                     load_pipeline, sample, time_schedule)
+from sampler import encode_prompts, sample, time_schedule
 
 # --- The two terms --------------------------------------------------------------------------------
 
@@ -286,8 +280,7 @@ class AutocastNet:
 
     def __init__(self, net, device, dtype, parts=1):
         self.net, self.parts, self.on_cpu = net, parts, device.type == "cpu"
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16,
-                                enabled=dtype == torch.bfloat16)
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
         self.forwards = self.backwards = 0
 
     def __call__(self, x, t, text):
@@ -336,14 +329,16 @@ class AdapterLinear(nn.Linear):
 class Adapters:
     """Sets of low-rank adapters (LoRA) in the blocks of one frozen DiT; at most one set is on."""
 
-    def __init__(self, dit, rank, names):
+    def __init__(self, dit, rank, names, seed=0):
         self.dit, self.rank, self.on = dit.requires_grad_(False), rank, None
+        generator = torch.Generator().manual_seed(seed)
         blocks = {id(layer) for block in blocks_of(dit) for layer in block.modules()}
         self.layers = {name: layer for name, layer in dit.named_modules()
                        if id(layer) in blocks and type(layer) is nn.Linear}
         for layer in self.layers.values():
             # Orthonormal rows: at full rank a gradient step on B is that step on the weight.
-            A = nn.init.orthogonal_(torch.empty(rank, layer.in_features)).to(layer.weight.device)
+            A = nn.init.orthogonal_(torch.empty(rank, layer.in_features), generator=generator)
+            A = A.to(layer.weight.device)
             B = A.new_zeros(layer.out_features, rank)
             layer.lora_A = nn.ParameterDict({name: A.clone() for name in names})
             layer.lora_B = nn.ParameterDict({name: B.clone() for name in names})
@@ -351,6 +346,7 @@ class Adapters:
 
     @contextmanager
     def use(self, name):
+        """A context in which the set `name` is on (None: none)."""
         before, self.on = self.on, name
         try:
             yield
@@ -380,13 +376,14 @@ class Adapters:
         return plain_dit(self.dit.config, state)
 
     def save(self, name, path):
-        """Writes a LoRA file: "diffusion_model." and official names; alpha is the rank."""
+        """Writes a LoRA file: "diffusion_model.", official names, alpha equal to the rank."""
         tensors = {}
         for key, layer in self.layers.items():
-            official = f"diffusion_model.{official_name('dit', key)}"
-            tensors[f"{official}.lora_A.weight"] = layer.lora_A[name].detach().cpu()
-            tensors[f"{official}.lora_B.weight"] = layer.lora_B[name].detach().cpu()
-            tensors[f"{official}.alpha"] = torch.tensor(float(self.rank))
+            stem = convert_weights.rename(key, convert_weights.OFFICIAL_NAMES["dit"])
+            for matrix in ("lora_A", "lora_B"):
+                w = getattr(layer, matrix)[name].detach().cpu()
+                tensors[f"diffusion_model.{stem}.{matrix}.weight"] = w
+            tensors[f"diffusion_model.{stem}.alpha"] = torch.tensor(float(self.rank))
         write_whole(path, partial(save_file, tensors))
 
 
@@ -423,17 +420,11 @@ class Processes(TorchFunctionMode):
             dist.all_reduce(values)
         return dict(zip(metrics, (values / self.count).tolist(), strict=True))
 
-    def largest(self, value):
-        if self.count > 1:
-            value = torch.tensor(float(value), device=self.device)
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
-
     def from_first(self, value=None):
         """What the first process has. It returns when all processes have come here."""
         values = [value]
         if self.count > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, device=self.device)
             dist.barrier()
         return values[0]
 
@@ -443,7 +434,7 @@ class Processes(TorchFunctionMode):
     def shard(self, dit, dtype):
         """fully_shard, block by block: float32 weights and sums, products in `dtype`."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
         for part in (*blocks_of(dit), dit):
             fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
 
@@ -462,16 +453,16 @@ class WholeNetworks:
             state = teacher.state_dict()
             if processes.count == 1:           # sharding makes copies anyway
                 state = {key: w.to(torch.float32, copy=True) for key, w in state.items()}
-            self.nets[name] = plain_dit(teacher.config, state)
-            self.nets[name].requires_grad_(name != "averaged")
+            self.nets[name] = plain_dit(teacher.config, state).requires_grad_(name != "averaged")
             if args.checkpoint_activations:
                 checkpoint_activations(self.nets[name])
-        for net in self.nets.values() if processes.count > 1 else ():
-            processes.shard(net, getattr(torch, args.dtype))
+        if processes.count > 1:
+            for net in self.nets.values():
+                processes.shard(net, args.dtype)
         self.weights = {name: dict(self.nets[name].named_parameters()) for name in LEARNERS}
 
     def plain(self):
-        """The average as a DiT that is not sharded; all processes have to call this."""
+        """The average as a DiT that is not sharded. All processes have to call this."""
         net = self.nets["averaged"]
         if not hasattr(net, "unshard"):
             return net
@@ -483,7 +474,7 @@ class LowRankNetworks:
     """Student, fake and the student's average as sets of adapters in the teacher itself."""
 
     def __init__(self, teacher, args, processes):
-        self.adapters = Adapters(teacher, args.lora, LEARNERS)
+        self.adapters = Adapters(teacher, args.lora, LEARNERS, args.seed)
         if args.checkpoint_activations:
             checkpoint_activations(teacher, self.adapters.contexts)
         self.nets = {name: partial(self.adapters.call, name) for name in LEARNERS}
@@ -501,17 +492,16 @@ def adam(weights, lr, momentum):
     """AdamW with its state made at once, so that every checkpoint has the same tensors."""
     optimizer = torch.optim.AdamW(weights.values(), lr, betas=(momentum, 0.99), weight_decay=0.0)
     for p in weights.values():
-        zeros = torch.zeros_like(p.detach())
-        optimizer.state[p] = {
-            "step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        state = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
     return optimizer
 
 
 @torch.no_grad()
 def interpolate(weights, targets, share):
     """Moves `weights` by this share of the way to `targets`, in place."""
-    for name, p in weights.items():
-        p.lerp_(targets[name].detach(), share)
+    for name, target in targets.items():
+        weights[name].lerp_(target.detach(), share)
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -521,12 +511,16 @@ class PromptFile:
     """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large."""
 
     def __init__(self, path):
-        self.path, self.starts, position = path, array("q"), 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.decode("utf-8-sig", "replace").strip():
-                    self.starts.append(position)
-                position += len(line)
+        self.path, self.starts, position = path, [], 0
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.decode("utf-8-sig").strip():
+                        self.starts.append(position)
+                    position += len(line)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read the prompts in {path}: {reason}") from None
         if not self.starts:
             raise UserError(f"--prompts: there is no prompt in {path}")
 
@@ -536,10 +530,7 @@ class PromptFile:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            try:
-                return file.readline().decode("utf-8-sig").strip()
-            except UnicodeDecodeError:
-                raise UserError(f"--prompts: prompt {i} of {self.path} is not UTF-8 text") from None
+            return file.readline().decode("utf-8-sig").strip()
 
 
 class FeatureCache:
@@ -554,9 +545,9 @@ class FeatureCache:
         if processes.rank == 0 and not note.exists():
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
-        if read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} belongs to another text encoder, tokenizer "
-                            "or prompt file; name another directory")
+        if convert_weights.read_json(note).get("key") != key:
+            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
+                            "prompt file; name another directory")
         starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
         for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
             items = range(start, min(start + self.SIZE, len(prompts)))
@@ -577,19 +568,12 @@ class FeatureCache:
         return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
 
 
-def reason(error):
-    """The first line of what a library says."""
-    return str(error).strip().split("\n")[0]
-
-
 # --- The run --------------------------------------------------------------------------------------
-
-FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
-               CheckpointException)
-
 
 WARMUP = 20            # updates over which the student's learning rate rises
 MAX_SKIPPED = 10       # iterations in a row without a finite gradient that end a run
+FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+               dcp.api.CheckpointException)
 
 
 @dataclass
@@ -623,9 +607,13 @@ class StopSignals:
 
 
 class Run:
-    """A distillation in the folder args.out: log.jsonl, samples/, student/, checkpoints/."""
+    """A distillation in the folder args.out: log.jsonl, samples/, student/, checkpoints/.
 
-    def __init__(self, pipeline, prompts, settings, args, shield=None):
+    adjust(learners) may change what is trained before the optimizers are made; parts: fields of
+    Nets that an ablation replaces. tutorials/cards/sweep.py uses both.
+    """
+
+    def __init__(self, pipeline, prompts, settings, args, adjust=None, **parts):
         self.pipeline, self.prompts, self.settings, self.args = pipeline, prompts, settings, args
         self.out, self.processes = Path(args.out), Processes(pipeline.device)
         self.draws = self.processes if self.processes.count > 1 else nullcontext()
@@ -634,19 +622,20 @@ class Run:
         self.texts = self.encode
         if args.cache_features:
             self.texts = FeatureCache(
-                args.cache_features, pipeline, prompts, args.fingerprints, self.processes)
-        self.learners = (LowRankNetworks if args.lora else WholeNetworks)(
-            pipeline.dit, args, self.processes)
-        weights, nets = self.learners.weights, {
-            name: AutocastNet(net, pipeline.device, getattr(torch, args.dtype), args.accumulate)
-            for name, net in self.learners.nets.items()}
-        self.averaged = nets.pop("averaged")
+                args.cache_features, pipeline, prompts, fingerprints(args)[1:], self.processes)
+        networks = LowRankNetworks if args.lora else WholeNetworks
+        self.learners = networks(pipeline.dit, args, self.processes)
+        if adjust:
+            adjust(self.learners)
+        nets = {name: AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
+                for name, net in self.learners.nets.items()}
+        self.averaged, self.counted = nets.pop("averaged"), nets.values()
         # The student uses momentum because its gradient is noisy. The fake uses none because it
         # must follow the student quickly.
-        self.nets = Nets(
-            **nets, student_optimizer=adam(weights["student"], args.lr, 0.9),
-            fake_optimizer=adam(weights["fake"], args.fake_lr, 0.0), shield=shield or NoShield(),
-            dm=no_dm if args.no_dm else distribution_matching)
+        weights = self.learners.weights
+        nets["student_optimizer"] = adam(weights["student"], args.lr, 0.9)
+        nets["fake_optimizer"] = adam(weights["fake"], args.fake_lr, 0.0)
+        self.nets = Nets(**nets | ({"dm": no_dm} if args.no_dm else {}) | parts)
         side = pipeline.size // pipeline.vae.config.downsampling
         self.shape = (pipeline.dit.config.in_channels, side, side)
         times = time_schedule(pipeline.steps, pipeline.shift)
@@ -657,7 +646,7 @@ class Run:
         return encode_prompts(self.pipeline, [self.prompts[i] for i in items])
 
     def batch(self, i):
-        """Text and noise of this process for iteration i, its Settings, the generator of its draws.
+        """Iteration i: this process's text and noise, the Settings, the generator of its draws.
 
         Each iteration has a generator of its own, so a resumed run is the run that never stopped.
         """
@@ -682,8 +671,7 @@ class Run:
         text, noise, settings, generator = self.batch(args.warmup + i)
         for group in self.nets.student_optimizer.param_groups:
             group["lr"] = learning_rate(i, args)
-        nets = (self.nets.teacher, self.nets.student, self.nets.fake)
-        for net in nets:
+        for net in self.counted:
             net.forwards = net.backwards = 0
         p.done = i + 1
         try:
@@ -693,12 +681,12 @@ class Run:
         except FloatingPointError:
             p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
             return
+        p.in_a_row = 0
         interpolate(weights["averaged"], weights["student"], 1 - min(args.ema, (i + 1) / (i + 10)))
         if args.follow:
             interpolate(weights["fake"], weights["student"], args.follow)
-        metrics["forwards"] = sum(net.forwards for net in nets) / len(noise)
-        metrics["backwards"] = sum(net.backwards for net in nets) / len(noise)
-        p.in_a_row = 0
+        metrics["forwards"] = sum(net.forwards for net in self.counted) / len(noise)
+        metrics["backwards"] = sum(net.backwards for net in self.counted) / len(noise)
         p.recent.append(self.processes.mean(metrics))
 
     @torch.no_grad()
@@ -713,10 +701,29 @@ class Run:
         return torch.stack(latents)
 
     def student(self):
-        """The averaged student as a Pipeline; all processes have to call this."""
+        """The averaged student as a Pipeline. All processes have to call this."""
         steps = self.args.steps
         return replace(self.pipeline, dit=self.learners.plain(), shift=self.settings.shift,
                        steps=steps[0], guidance=0.0, trained_steps=steps if steps[1:] else steps[0])
+
+    @torch.no_grad()
+    def save(self):
+        """samples/, student/, then the checkpoint; each is written beside its place and renamed."""
+        latents = self.sample(self.averaged, time_schedule(self.args.steps[0], self.settings.shift))
+        student, p = self.student(), self.progress
+        if self.processes.rank == 0:
+            images = sampler.decode(student, latents)
+            p.saturation = float((images.amax(1) - images.amin(1)).mean())
+            picture = partial(picture_grid(images).save, format="PNG")
+            write_whole(self.out / "samples" / f"{p.done:06d}.png", picture)
+            convert_weights.save_pipeline(
+                self.out / "student", student.dit, student.text_encoder, student.vae,
+                student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
+                guidance=0.0, size=student.size, trained_steps=student.trained_steps)
+            if self.args.lora:
+                self.learners.adapters.save("averaged", self.out / "lora.safetensors")
+        self.save_checkpoint()
+        return student
 
     def tensors(self):
         """What a checkpoint holds: {name: tensor} of weights and of the optimizers' state."""
@@ -729,41 +736,22 @@ class Run:
                 tensors |= {f"{who}.{name}.{key}": value for key, value in state.items()}
         return tensors
 
-    @torch.no_grad()
-    def save(self):
-        """samples/, student/, then the checkpoint; each is written beside its place and renamed."""
-        latents = self.sample(self.averaged, time_schedule(self.args.steps[0], self.settings.shift))
-        student, p, first = self.student(), self.progress, self.processes.rank == 0
-        if first:
-            images = torch.cat([student.vae.decode(x[None]) for x in latents]).float()
-            images = images.div(2).add(0.5).clamp(0, 1)
-            p.saturation = float((images.amax(1) - images.amin(1)).mean())
-            picture = self.out / "samples" / f"{p.done:06d}.png"
-            write_whole(picture, partial(picture_grid(images).save, format="PNG"))
-            save_pipeline(
-                self.out / "student", student.dit, student.text_encoder, student.vae,
-                student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
-                guidance=0.0, size=student.size, trained_steps=student.trained_steps)
-            if self.args.lora:
-                self.learners.adapters.save("averaged", self.out / "lora.safetensors")
-        self.save_checkpoint()
-        return student
-
     def save_checkpoint(self):
-        folder, p = self.out / "checkpoints", self.progress
+        """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled."""
+        folder, p, first = self.out / "checkpoints", self.progress, self.processes.rank == 0
         target = folder / f"{p.warmed + p.done:08d}"
-        first = self.processes.rank == 0
         folder.mkdir(exist_ok=True)
-        with temporary(folder, ".part-", Path.mkdir) if first else nullcontext() as made:
-            part = self.processes.from_first(made)
-            writer = HuggingFaceStorageWriter(part, save_distributed=True)
-            try:
+        try:
+            place = convert_weights.temporary(folder, ".part-", Path.mkdir)
+            with place if first else nullcontext() as made:
+                part = self.processes.from_first(made)
+                writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
                 dcp.save(self.tensors(), storage_writer=writer)
                 if first and not target.exists():
                     (part / "progress.json").write_text(json.dumps(asdict(p)))
                     os.replace(part, target)
-            except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-                raise UserError(f"cannot write {target}: {reason(error)}") from None
+        except FILE_FAULTS as error:
+            raise UserError(f"cannot write {target}: {first_line(error)}") from None
         for old in sorted(folder.glob("[0-9]*"))[:-self.args.keep] if first else ():
             shutil.rmtree(old)
 
@@ -773,15 +761,16 @@ class Run:
         if not folders:
             return Progress()
         try:
-            dcp.load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folders[-1])))
-            progress = Progress(**read_json(folders[-1] / "progress.json"))
+            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
+            dcp.load(self.tensors(), storage_reader=reader)
+            progress = Progress(**convert_weights.read_json(folders[-1] / "progress.json"))
             lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             # A killed process can leave half a line: it does not end in a newline.
             lines = [line for line in lines if line.endswith("\n")
                      and json.loads(line)["iteration"] <= progress.done]
         except FILE_FAULTS as error:
-            raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({reason(error)}); remove "
-                            "this checkpoint to go on from the one before it") from None
+            raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
+                            "remove it to go on from the checkpoint before it") from None
         if self.processes.rank == 0:
             write_whole(self.out / "log.jsonl", lambda part: part.write_text("".join(lines)))
         return progress
@@ -802,17 +791,21 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"iteration": p.done, **line}) + "\n")
 
-    def end_if_asked(self, stop):
+    def end_if_asked(self, number):
         """Ends the process after a signal, or after too many iterations without effect."""
-        number = self.processes.largest(stop.number)
+        number = max(self.processes.mean({"signal": number}).values()) * self.processes.count
         if self.progress.in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"{MAX_SKIPPED} iterations in a row gave no finite gradient: try a smaller --lr or "
-                f"--alpha; {self.out / 'checkpoints'} holds the run as it was before, if it got there")
+                f"--alpha; the last good checkpoint, if there is one, is in {self.out}/checkpoints")
         if number:
             self.save_checkpoint()
             print(f"saved after iteration {self.progress.done}; --resume goes on", file=sys.stderr)
             raise SystemExit(130 if number == signal.SIGINT else 0)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
 
 
 def learning_rate(i, args):
@@ -829,20 +822,22 @@ def picture_grid(images, columns=8):
     return Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
-def train(pipeline, prompts, settings, args, shield=None, callback=None):
+def train(pipeline, prompts, settings, args, callback=None, **changes):
     """Distils -> the student as a Pipeline, with the running average of its weights.
 
     It goes on from the newest checkpoint in args.out. SIGINT and SIGTERM save a checkpoint and
     end the process, with exit codes 130 and 0. callback(iteration, student): at checkpoints.
+    changes: see Run.
     """
-    run = Run(pipeline, prompts, settings, args, shield)
+    run = Run(pipeline, prompts, settings, args, **changes)
     p, began, student = run.progress, time.perf_counter() - run.progress.seconds, run.student()
-    with StopSignals() as stop, tqdm(desc="distilling", total=args.warmup + args.iterations,
-                                     initial=p.warmed + p.done, disable=run.processes.rank > 0) as bar:
+    bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
+               disable=run.processes.rank > 0)
+    with StopSignals() as stop, bar:
         for i in range(p.warmed, args.warmup):
             run.warm_up(i)
             bar.update()
-            run.end_if_asked(stop)
+            run.end_if_asked(stop.number)
         for i in range(p.done, args.iterations):
             run.iterate(i)
             bar.update()
@@ -854,7 +849,7 @@ def train(pipeline, prompts, settings, args, shield=None, callback=None):
                 student = run.save()
                 if callback:
                     callback(p.done, student)
-            run.end_if_asked(stop)
+            run.end_if_asked(stop.number)
     return student
 
 
@@ -882,8 +877,8 @@ def parse_arguments(arguments=None):
             ("steps", step_numbers, [some.steps], "N[,N...]", "of the student; of several numbers "
              "one is drawn in each iteration, and the first is its default for sampling"),
             ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
-            ("shift", number(above=0, high=1000), None, "S", "of all times (default: the teacher's)"),
-            ("size", whole(1, 2 ** 15), None, "PIXELS", "height and width (default: the teacher's)"),
+            ("shift", number(above=0, high=1e3), None, "S", "of times (default: the teacher's)"),
+            ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
             ("iterations", whole(1, 10 ** 8), 400, "N", "updates of the student"),
             ("batch-size", whole(1, 10 ** 5), 16, "N", "of all processes together"),
             ("fake-updates", whole(1, 1000), some.fake_updates, "N", "for one of the student"),
@@ -894,7 +889,7 @@ def parse_arguments(arguments=None):
             ("follow", number(0, 1), 0.0, "F", "pull the fake by this share to the student (IDA)"),
             ("lora", whole(1, 10 ** 5), None, "RANK", "train low-rank adapters in one teacher"),
             ("accumulate", whole(1, 10 ** 4), 1, "K", "compute each batch in K parts"),
-            ("cache-features", absolute, None, "DIR", "encode all prompts once, into this directory"),
+            ("cache-features", absolute, None, "DIR", "encode all prompts once, into it"),
             ("seed", whole(0, 10 ** 12), 0, "N", "of all draws"),
             ("sample-every", whole(1, 10 ** 8), 100, "N", "iterations between checkpoints"),
             ("keep", whole(1, 10 ** 5), 2, "N", "checkpoints that are kept"),
@@ -916,8 +911,8 @@ def parse_arguments(arguments=None):
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
     if args.no_dm and (args.alpha == 1 or args.warmup or args.follow):
-        raise UserError("--no-dm leaves CA alone, which has no fake: it goes with an --alpha above "
-                        "1, and not with --warmup or --follow")
+        raise UserError("--no-dm leaves CA alone, without a fake: it goes with an --alpha above 1, "
+                        "and not with --warmup or --follow")
     if args.teacher and not args.prompts and not args.resume:
         raise UserError("a teacher of your own needs prompts: give --prompts FILE, one a line")
     return args
@@ -942,9 +937,9 @@ def as_arguments(args):
     """The namespace as a command line, which parse_arguments reads again."""
     words = []
     for name, value in vars(args).items():
-        if value is True:
+        if value is True and name not in ("resume", "overwrite"):
             words.append(f"--{name.replace('_', '-')}")
-        elif value is not None and value is not False:
+        elif not isinstance(value, bool) and value is not None and name != "out":
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name.replace('_', '-')}={text}")
     return words
@@ -976,7 +971,7 @@ def resumed_arguments(args, given):
 def read_run(out):
     """The config.json of a run, or None if `out` is not the folder of one."""
     try:
-        config = read_json(out / "config.json")
+        config = convert_weights.read_json(out / "config.json")
     except UserError:
         return None
     return config if config.get("made_by") == "distill.py" else None
@@ -993,7 +988,7 @@ def prepare_folder(args):
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         if read_run(out) is None:
-            raise UserError(f"--out {out} exists and is not a run of distill.py: name a new directory")
+            raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
         if not args.overwrite:
             raise UserError(f"there is a run in {out}: go on with it by --resume, remove it by "
                             "--overwrite, or give another --out")
@@ -1007,28 +1002,29 @@ def prepare_folder(args):
     (out / "log.jsonl").touch()
 
 
-@advise_on_errors("a smaller --batch-size or --size, --accumulate, --checkpoint-activations or --lora")
+@sampler.advise_on_errors("a smaller --batch-size or --size, --accumulate, "
+                          "--checkpoint-activations or --lora")
 def main():
     """The command line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
     args = parse_arguments()
     if args.resume:
         args = resumed_arguments(args, sys.argv[1:])
-    device = find_device(args.device)
+    device = sampler.find_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    keep_freed_memory()
+    sampler.keep_freed_memory()
     prompts = PromptFile(args.prompts or BUNDLED / "prompts.txt")
     processes = Processes(device)
     if args.batch_size % processes.count:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared equally by "
                         f"{processes.count} processes")
     # Weights that are trained whole are float32, and the teacher is like them.
-    dtype = args.dtype if args.lora or processes.count > 1 else "float32"
-    pipeline = load_pipeline(args.teacher or BUNDLED / "teacher", device, getattr(torch, dtype))
+    dtype = getattr(torch, args.dtype if args.lora or processes.count > 1 else "float32")
+    pipeline = sampler.load_pipeline(args.teacher or BUNDLED / "teacher", device, dtype)
     pipeline.size = args.size or pipeline.size
-    check_size(pipeline, pipeline.size, pipeline.size)
+    sampler.check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:
         warnings.warn("the teacher was distilled already: guidance changes it little, so CA has "
                       "little effect", stacklevel=1)
@@ -1038,9 +1034,9 @@ def main():
     processes.from_first()
     train(pipeline, prompts, settings, args)
     if processes.rank == 0:
-        student = shlex.quote(str(Path(args.out) / "student"))
+        student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"
-              f"    python sampler.py {shlex.quote(prompts[0])} --model {student}")
+              f"    python sampler.py {prompts[0]!r} --model {student!r}")
 
 
 if __name__ == "__main__":

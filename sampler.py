@@ -8,7 +8,6 @@ defines time, velocity and Euler step. What is optional stands below a line that
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -27,34 +26,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     if __name__ == "__main__" and sys.stderr:
         print("loading ...", file=sys.stderr, flush=True)        # PyTorch alone takes seconds
+    import numpy as np
     import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from PIL import Image, ImageOps, PngImagePlugin
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
-import numpy as np
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
-from tokenizers import Tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
-
-from convert_weights import (
-    Parser,
-    UserError,
-    add_common_options,
-    fingerprint,
-    load_dit,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    number,
-    open_checkpoint,
-    run_command,
-    write_whole,
-)
+import convert_weights
+from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
 from model import PATCH, VAE, Attention, Decoder, DiT, Encoder, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's, for one message
@@ -72,7 +56,7 @@ class Pipeline:
     steps: int = 8                      # network evaluations for one image
     guidance: float = 0.0
     size: int = 1024                    # side of a square image in pixels
-    trained_steps: int | None = None    # a distilled student knows the times of this number only
+    trained_steps: int | list | None = None        # what a student was distilled for
     name: str = ""
     device: torch.device = torch.device("cpu")
 
@@ -85,7 +69,7 @@ class Pipeline:
 @torch.no_grad()
 def encode_prompts(pipeline, prompts):
     """Prompts (a list of B strings) -> Text with features (B, L, D), L tokens in the longest."""
-    ids = [tokenize(pipeline.tokenizer, prompt) for prompt in prompts]
+    ids = [torch.tensor(token_ids(pipeline.tokenizer, prompt)) for prompt in prompts]
     lengths = torch.tensor([len(row) for row in ids])
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)       # (B, L)
     return pipeline.text_encoder(ids.to(pipeline.device), lengths.to(pipeline.device))
@@ -205,8 +189,8 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
 # --- Called by the functions above --------------------------------------------------------------
 
 
-def tokenize(tokenizer, prompt):
-    """The prompt in its chat template -> at most 512 token ids. A longer prompt is cut."""
+def token_ids(tokenizer, prompt):
+    """The prompt in its chat template -> a list of token ids. A longer prompt is cut to 512."""
     templated = TEMPLATE.format(prompt)
     try:
         encoded = tokenizer.encode(templated, add_special_tokens=False)
@@ -216,7 +200,7 @@ def tokenize(tokenizer, prompt):
         end = encoded.offsets[MAX_TOKENS - 1][1]
         warnings.warn(f"a prompt of {len(encoded.ids)} tokens is cut to {MAX_TOKENS}, after the "
                       f"words {templated[max(end - 40, 0):end]!r}", stacklevel=2)
-    return torch.tensor(encoded.ids[:MAX_TOKENS])
+    return encoded.ids[:MAX_TOKENS]
 
 
 def setting(value, default):
@@ -240,9 +224,10 @@ def check_size(pipeline, height=None, width=None):
 def recommended_times(pipeline, steps=None, shift=None):
     """time_schedule with what the checkpoint recommends, and a warning for a distilled student."""
     steps = setting(steps, pipeline.steps)
-    if pipeline.trained_steps not in (None, steps):
-        warnings.warn(f"this model was distilled for {pipeline.trained_steps} steps; with {steps} "
-                      f"its images are worse: use --steps {pipeline.trained_steps}", stacklevel=2)
+    trained = pipeline.trained_steps or steps
+    if steps not in (trained if isinstance(trained, (list, tuple)) else [trained]):
+        warnings.warn(f"this model was distilled for {trained} steps; fewer steps than that give "
+                      f"worse images, more give similar ones", stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 
@@ -291,35 +276,27 @@ def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False
     return limit_norm(guided, v, cfg_normalization) if cfg_normalization else guided
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32):
-    """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32."""
-    checkpoint = open_checkpoint(path)
-    folders = checkpoint.folders
-    pipeline = Pipeline(
-        tokenizer=load_tokenizer(checkpoint.tokenizer),
-        text_encoder=load_text_encoder(folders["text_encoder"], device, dtype),
-        dit=load_dit(folders["dit"], device, dtype),
-        vae=load_vae(folders["vae"], device, torch.float32),
-        name=Path(path).resolve().name, device=torch.device(device), **checkpoint.settings)
-    check_parts(path, pipeline)
-    return pipeline
+def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, **parts):
+    """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
-
-def check_parts(path, pipeline):
-    """UserError if the parts of a pipeline do not fit each other."""
-    text_encoder, dit = pipeline.text_encoder.config, pipeline.dit.config
-    vocabulary = max(pipeline.tokenizer.get_vocab().values()) + 1
-    for fits, complaint in (
-            (vocabulary <= text_encoder.vocab_size,
-             "the tokenizer has more tokens than the text encoder"),
-            (dit.cap_feat_dim == text_encoder.hidden_size,
-             "the DiT wants text features of another width"),
-            (dit.in_channels == pipeline.vae.config.latent_channels,
-             "DiT and VAE have different latent channels"),
-            (dit.axes_lens[0] >= MAX_TOKENS + 2,
-             f"the DiT has no room for {MAX_TOKENS} text tokens")):
-        if not fits:
-            raise UserError(f"the parts of {path} do not belong together: {complaint}")
+    path: a directory of the official layout or ours, one file, or a name on the hub. parts: files
+    that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters: (file,
+    strength) pairs of LoRAs. keep: formats to keep as they are stored, such as KEEP below.
+    """
+    checkpoint = open_checkpoint(path, **parts)
+    networks = checkpoint.networks
+    if checkpoint.shift_assumed:
+        warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
+                      "assumed (--shift)", stacklevel=2)
+    return Pipeline(
+        tokenizer=checkpoint.tokenizer,
+        text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, keep=keep),
+        dit=load_dit(networks["dit"], device, dtype, adapters=adapters, keep=keep),
+        vae=load_vae(networks["vae"], device, torch.float32),
+        name=Path(path).resolve().name,
+        device=torch.device(device),
+        **checkpoint.settings,
+    )
 
 
 def quantize_rows(weight, dtype):
@@ -497,6 +474,7 @@ class Bfloat16Attention(Attention):
 def use_cpu_kernels(net):
     """Gives the layers of a network on a CPU the classes that are faster there -> net."""
     bfloat16_is_fast = has_bfloat16_products()
+    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     for layer in net.modules():
         if type(layer) is Attention and bfloat16_is_fast:
             if layer.to_q.weight.dtype == torch.bfloat16:
@@ -504,8 +482,10 @@ def use_cpu_kernels(net):
         elif type(layer) is nn.Linear:
             dtype = layer.weight.dtype
             # Small products are up to 10 % slower through oneDNN.
-            large = layer.weight.numel() >= 2 ** 20 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            if (dtype == torch.float32 and large) or (dtype == torch.bfloat16 and not bfloat16_is_fast):
+            is_large = layer.weight.numel() >= 2 ** 20
+            if dtype == torch.float32 and is_large and has_onednn:
+                layer.__class__ = CPULinear
+            if dtype == torch.bfloat16 and not bfloat16_is_fast:
                 layer.__class__ = CPULinear
     return net
 
@@ -675,7 +655,8 @@ def in_tiles(layers, x, tile, down=1, up=1):
         for _ in range(PASSES if len(tiles) > 1 else 1):
             for (rows, rows_halo, rows_core), (columns, columns_halo, columns_core) in tiles:
                 for norm in norms:
-                    norm.core, norm.side = (rows_core, columns_core), rows_halo.stop - rows_halo.start
+                    norm.core = rows_core, columns_core
+                    norm.side = rows_halo.stop - rows_halo.start
                 part = layers(x[..., scaled(rows_halo, down), scaled(columns_halo, down)])
                 if out is None:
                     out = part.new_empty(*part.shape[:2], height * up, width * up)
@@ -721,6 +702,7 @@ def use_tiles(vae, tile=64, above=2e6):
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
            for name in ("cards/student", "cards/teacher", "shapes/student", "shapes/teacher")]
+SDPBackend = nn.attention.SDPBackend
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
@@ -751,15 +733,18 @@ def png_name(text):
 
 def make_parser():
     """All options. Those that are not given are None, so that --like can tell; see DEFAULTS."""
-    parser = Parser(description="Prompt to image with Z-Image-Turbo or the small bundled model.")
+    parser = convert_weights.Parser(
+        description="Prompt to image with Z-Image-Turbo or the small bundled model.")
     add = parser.add_argument
+    number = convert_weights.number
     add("prompt", nargs="*", help="prompts, each in quotes; - alone reads them from standard "
         "input, one a line, and prints the path of each picture as it is done")
     add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--model", help="a directory, one file, or a name such as Tongyi-MAI/Z-Image-Turbo "
         "(default: the bundled model)")
-    add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora",
-                       "--device", "--seed", lora=None, device=None, seed=None)
+    convert_weights.add_common_options(
+        parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora", "--device", "--seed",
+        lora=None, device=None, seed=None)
     add("--like", metavar="PICTURE.png", help="take prompt and settings from a picture that this "
         "program made; other options win")
     add("--out", type=png_name, metavar="FILE.png", help="default image.png, or image-1.png ...")
@@ -827,6 +812,12 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
+    add_prompts(args)
+    return args
+
+
+def add_prompts(args):
+    """Completes args.prompt from --prompts, and says in args.loop whether they come by and by."""
     args.loop = args.prompt == ["-"]
     if args.loop and (args.prompts or WORLD > 1):
         raise UserError("- reads the prompts: leave out --prompts and torchrun")
@@ -835,7 +826,6 @@ def parse_arguments(arguments=None):
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
     if len(args.prompt) * args.num_images > 10 ** 6:
         raise UserError("more than a million images are asked for")
-    return args
 
 
 def read_recorded(parser, args):
@@ -862,6 +852,11 @@ def read_recorded(parser, args):
             found = [(find_file(args.like, name, *entry[:2]), *entry[2:]) for entry in entries]
             known[name] = found if name == "lora" else found[0][0]
     return {name: value for name, value in known.items() if value not in (None, [], False)}
+
+
+def fingerprint(path):
+    """convert_weights.fingerprint; None for the name of a model on the hub."""
+    return convert_weights.fingerprint(path) if Path(path).exists() else None
 
 
 def find_file(picture, option, name, digest):
@@ -924,7 +919,7 @@ def enlarge(image, how):
 
 def save_png(image, path, info, index=0):
     """Writes a PNG with text chunks to path-INDEX (for 0: path) or the next free name -> name."""
-    text = PngInfo()
+    text = PngImagePlugin.PngInfo()
     for key, value in info.items():           # file names need not be Unicode
         text.add_text(key, str(value).encode("utf-8", "replace").decode())
     for i in itertools.count(index):
@@ -933,7 +928,7 @@ def save_png(image, path, info, index=0):
             name.open("x").close()
             break
     try:
-        write_whole(name, lambda part: image.save(part, format="PNG", pnginfo=text))
+        convert_weights.write_whole(name, lambda part: image.save(part, format="PNG", pnginfo=text))
     except BaseException:
         name.unlink()
         raise
@@ -945,7 +940,9 @@ def find_device(name):
     if name == "auto":
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
-        return torch.device(found, int(os.environ["LOCAL_RANK"])) if WORLD > 1 else torch.device(found)
+        if found == "cuda" and WORLD > 1:
+            found = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(found)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -960,6 +957,8 @@ def keep_freed_memory():
 
     It would return them to the system, which fills them with zeros before the next step.
     """
+    import ctypes
+
     with suppress(AttributeError, OSError, TypeError):           # another C library
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(mmap_threshold, 2 ** 30)
@@ -1048,8 +1047,8 @@ def make_record(args, pipeline, dtype, settings, size):
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
     files.setdefault("model", find_bundled())
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
-    entries = {name: [(Path(path).name, fingerprint(path) if Path(path).exists() else None, *more)
-                      for path, *more in value] for name, value in entries.items()}
+    entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
+               for name, value in entries.items()}
     return {**options, "model": pipeline.name, "files": json.dumps(entries),
             "options": json.dumps([*options])}
 
@@ -1128,9 +1127,10 @@ def main():
     height, width = check_size(pipeline, height, width)
     function = partial(function, height=height, width=width, **settings)
     record = make_record(args, pipeline, dtype, settings, f"{width}x{height}")
-    with sdpa_kernel(ATTENTION[args.attention]) if args.attention else nullcontext():
+    kernel = ATTENTION.get(args.attention)
+    with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
         draw(args, pipeline, record, function)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    convert_weights.run_command(main)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, the tiny random checkpoint, the reference cases (tests/make_golden.py)."""
+"""Shared by all tests: the tiny random checkpoint, the reference cases, ways to run a command."""
 
 import io
 import json
@@ -10,19 +10,19 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # the networks here are small; commands run by the tests inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # the networks are small; commands inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import convert_weights
+import sampler
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 TINY = DATA / "tiny"
-sys.path.insert(0, str(ROOT))
-
-import convert_weights  # noqa: E402  (they need the path above)
-import sampler  # noqa: E402
 
 torch.manual_seed(0)
 
@@ -33,14 +33,31 @@ def relative_error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+class Recorder:
+    """Stands for a function: remembers the arguments of its calls, then calls the function."""
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = []
+
+    def __call__(self, *arguments, **options):
+        self.calls.append(arguments)
+        return self.function(*arguments, **options)
+
+
+class Failing:
+    """A function that raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *arguments, **options):
+        raise self.error
+
+
 @pytest.fixture(scope="session")
 def settings():
-    return json.loads((DATA / "cases.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def reference():
-    return load_file(DATA / "reference.safetensors")
+    return json.loads((DATA / "cases.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +78,15 @@ def checkpoint(tmp_path):
 
 def run(script, *arguments, **options):
     """Runs a command line of the repository -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def run_here(main, *arguments):
-    """The same in this process, without the seconds a new one takes to import torch: `if __name__ == "__main__"` by hand."""
+    """The same in this process, without the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["command", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    argv = ["command", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
         try:
             convert_weights.run_command(main)
             code = 0
@@ -77,10 +96,11 @@ def run_here(main, *arguments):
 
 
 def refused(result, *words):
-    """The command failed as a user's mistake should: exit code 2, one sentence, no traceback, naming `words`."""
+    """A user's mistake ended as it should: exit code 2 and one sentence that names `words`."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.rstrip().endswith(lines[0]), result.stderr
     assert "Traceback" not in result.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
