@@ -1,8 +1,9 @@
-"""The drawings of README and pages: boxes and arrows. `python tutorials/figures.py iteration` writes one."""
+"""The drawings of README and pages: `python tutorials/figures.py iteration` writes one."""
 
 import matplotlib.pyplot as plt
-from figures import CA, DM, FAKE, STUDENT, TEACHER, WRONG
 from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from figures import CA, DM, FAKE, STUDENT, TEACHER, WRONG
 
 INK = "#222222"
 
@@ -52,8 +53,8 @@ def iteration():
         label(axis, 45, y + 5, number, color, 11, "bold")
         box(axis, 45, y, 13, 6, words)
         arrow(axis, (35, 32 + (2 if y > 32 else -2)), (38.5, y), color)
-        for dy, words, shade in ((3, "teacher, with text", TEACHER), (-3, second, second_color)):
-            box(axis, 62, y + dy, 14, 4.6, words, shade)
+        for dy, net, shade in ((3, "teacher, with text", TEACHER), (-3, second, second_color)):
+            box(axis, 62, y + dy, 14, 4.6, net, shade)
             arrow(axis, (51.5, y), (55, y + dy))
             arrow(axis, (69, y + dy), (73, y))
         label(axis, 80, y + 5.2, name, color, 11, "bold")
@@ -211,7 +212,7 @@ def rope():
     """Positions: the caption is a line, the image a sheet behind its end."""
     figure, axis = canvas(10, 3.4)
     for i in range(8):
-        axis.add_patch(Rectangle((4 + 3.4 * i, 8), 2.6, 2.6, facecolor=CA, alpha=0.45, edgecolor=CA))
+        tokens(axis, 4 + 3.4 * i, 9.3, 1, CA, size=2.6)
         label(axis, 5.3 + 3.4 * i, 5.6, f"{i + 1}", size=8)
     label(axis, 17, 14, "text: (frame 1, 2, 3, … ; row 0; column 0)", CA, 9)
     for row in range(6):
@@ -228,6 +229,6 @@ def rope():
         label(axis, x + 0.45 * count, 16, f"{count}", size=9)
         label(axis, x + 0.45 * count, 11.4, name, size=9)
         x += 0.9 * count + 0.3
-    label(axis, 82, 22.5, "the 32 numbers of a head (full size: 128):\neach pair turns by position × "
-          "frequency\nof its axis", size=8.5)
+    label(axis, 82, 22.5, "the 32 numbers of a head (full size: 128):\n"
+          "each pair turns by position × frequency\nof its axis", size=8.5)
     return figure

@@ -4,7 +4,8 @@
     python tutorials/figures.py film iteration   some of them, by name
     python tutorials/figures.py --list           their names, and what each takes
 
-Drawings are in diagrams.py. The figures inside the notebooks are drawn by the notebooks; `pages` runs them.
+Drawings are in diagrams.py, the film is in films.py. `pages` runs the notebooks, which draw their
+own figures.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,11 +47,11 @@ plt.rcParams.update({
     "lines.linewidth": 2, "axes.prop_cycle": plt.cycler(color=PALETTE), "svg.hashsalt": "z"})
 
 
-# --- For the pages ---------------------------------------------------------------------------------
+# --- For the pages --------------------------------------------------------------------------------
 
 
 def source(*functions):
-    """Functions or classes of the project, to be shown: a link, the docstring as text, the code."""
+    """Functions of the project, to be shown: a link, the docstring as text, and the code."""
     from IPython.display import Markdown
     parts = []
     for function in map(inspect.unwrap, functions):      # decorated ones, too
@@ -60,8 +62,10 @@ def source(*functions):
         path = Path(inspect.getsourcefile(function)).relative_to(ROOT)
         name = f"{path.stem}.{function.__name__}"
         words = inspect.cleandoc(docstring or "").replace("*", r"\*").replace("_", r"\_")
+        words = [part if part.startswith(" ") else textwrap.fill(part, 86)
+                 for part in words.split("\n\n")]
         parts.append(f"[{name}](../{path.as_posix()}#L{definition_line(function)})\n\n"
-                     f"{textwrap.fill(words, 86, replace_whitespace=False)}\n\n"
+                     + "\n\n".join(words) + "\n\n"
                      f"```python\n{code}\n```")
     return Markdown("\n\n".join(parts))
 
@@ -73,7 +77,7 @@ def definition_line(function):
 
 
 def result(name, value, within):
-    """Prints a headline number, and how far another machine's may be from it. A test compares them."""
+    """Prints a headline number, and how far another machine's may be from it; tests compare."""
     print(f"{name} {'.' * max(3, 52 - len(name))} {value:.3f}  (within {within:g})")
 
 
@@ -99,8 +103,8 @@ def draw_arms(axis, title=None, limit=3.2):
     from pinwheel import ARMS, arm
     u = torch.linspace(0, 1, 60)
     for c in range(ARMS):
-        axis.plot(*arm(torch.full_like(u, c), u).T, color="#D4D4D4", lw=6, solid_capstyle="round",
-                  zorder=0)
+        axis.plot(*arm(torch.full_like(u, c), u).T, color="#D4D4D4", lw=6, zorder=0,
+                  solid_capstyle="round")
     clean(axis, title, limit)
 
 
@@ -122,7 +126,7 @@ def show_images(images, titles=None, columns=8, title=None, side=1.4):
     figure, axes = plt.subplots(rows, columns, figsize=(side * columns, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for i, (axis, image) in enumerate(zip(axes.flat, images)):
+    for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image, interpolation="nearest")
         if titles:
             axis.set_title(titles[i], fontsize=8)
@@ -131,7 +135,62 @@ def show_images(images, titles=None, columns=8, title=None, side=1.4):
     plt.show()
 
 
-# --- The command ------------------------------------------------------------------------------------
+# --- Cards ----------------------------------------------------------------------------------------
+
+
+def draw_cards(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
+    """Cards for prompts, (B, 3, 128, 128) in [0, 1]; the noise of prompt i is that of seed + i."""
+    from sampler import generate
+    parts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # a student is asked for other steps, too
+        for start in range(0, len(prompts), batch):
+            parts.append(generate(pipeline, prompts[start:start + batch], steps=steps,
+                                  guidance=guidance, seed=seed + start, output="tensor"))
+    return torch.cat(parts)
+
+
+def are_right(images, prompts):
+    """Which cards (B, 3, 128, 128) in [0, 1] show all that their prompt names -> list of bool."""
+    import data
+    import evaluate
+    import reader
+    readings = reader.read_all(evaluate.to_uint8(2 * images - 1), 1)
+    wanted = [data.parse(prompt) for prompt in prompts]
+    return [bool(evaluate.judge(*pair).get("joint", True))
+            for pair in zip(readings, wanted, strict=True)]
+
+
+def evaluations(steps, guidance):
+    """Calls of the network for one image: guidance makes two in each step."""
+    return steps * (2 if guidance else 1)
+
+
+def compare(prompts, rows, seed=0, side=1.0):
+    """Same prompts and noise in every row -> Figure. rows: (name, pipeline, steps, guidance).
+
+    The label gives the evaluations. The frame is green where evaluate.py reads the card as right.
+    """
+    figure, axes = plt.subplots(len(rows), len(prompts), squeeze=False, figsize=(
+        2.0 + side * len(prompts), 0.6 + (side + 0.08) * len(rows)))
+    for row, (name, pipeline, steps, guidance) in zip(axes, rows, strict=True):
+        images = draw_cards(pipeline, prompts, steps, guidance, seed)
+        right = are_right(images, prompts)
+        for axis, image, good in zip(row, images, right, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set(visible=True, color=DM if good else WRONG, linewidth=2.5)
+        words = f"{steps} guided step" if guidance else f"{steps} step"
+        row[0].set_ylabel(f"{name}\n{words}{'s' * (steps > 1)}\n{evaluations(steps, guidance)} "
+                          f"evaluations\n{sum(right)} of {len(prompts)} right",
+                          rotation=0, ha="right", va="center", fontsize=8.5)
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        axis.set_title(textwrap.fill(prompt, 17), fontsize=6.5)
+    return figure
+
+
+# --- The command ----------------------------------------------------------------------------------
 
 
 def save(figure, name, **options):
@@ -147,13 +206,33 @@ def diagram(name):
     save(getattr(diagrams, name)(), f"{name}.svg")
 
 
+def open_prompts(count):
+    """The first held-out English prompts that leave the ground, the word's place or ink open."""
+    import evaluate
+    from sampler import read_prompts
+    prompts = read_prompts(ROOT / "tutorials" / "cards" / "prompts_heldout.txt")
+    return [p for p in prompts if p.isascii() and "open" in evaluate.groups_of(p)][:count]
+
+
+def hero():
+    """Teacher and student at the same four evaluations, seeds 0 to 9, nothing picked."""
+    from sampler import load_pipeline
+    torch.set_num_threads(1)
+    teacher, student = (load_pipeline(ROOT / "tutorials" / "cards" / name)
+                        for name in ("teacher", "student"))
+    rows = [("teacher", teacher, 4, 0.0), ("teacher", teacher, 2, 2.0),
+            ("student", student, 4, 0.0), ("teacher", teacher, 16, 2.0)]
+    save(compare(open_prompts(10), rows), "hero.png", dpi=170)
+
+
 def film():
     import films
     films.pinwheel_film(IMAGES)
 
 
 def pages():
-    subprocess.run([sys.executable, "tests/tools/execute_notebooks.py", "--write"], cwd=ROOT, check=True)
+    command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 FIGURES = {                                              # name: (how, what and how long)
@@ -164,6 +243,7 @@ FIGURES = {                                              # name: (how, what and 
     "block": (lambda: diagram("block"), "one block of the DiT; 1 s"),
     "time_axis": (lambda: diagram("time_axis"), "the time axis; 1 s"),
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
+    "hero": (hero, "teacher and student at equal evaluations; 30 s"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF and strip; 1 minute"),
     "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
 

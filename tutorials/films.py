@@ -2,15 +2,17 @@
 
 import io
 
-import figures as fig
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
+
+import figures as fig
 from convert_weights import write_whole
 from figures import STUDENT
-from PIL import Image
 from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples
 
-MOMENTS = [0, 2, 4, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 320, 400]
+MOMENTS = [0, 2, 4, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 320,
+           400]
 RUNS = {"CA alone (the spear)": {"shield": False}, "DM alone (the shield)": {"alpha": 1.0},
         "CA + DM": {}}
 
@@ -32,7 +34,7 @@ def run_films(teacher, count=400):
 def draw_frame(films, i):
     """One frame of the film as an image of 720 x 264 pixels."""
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.64), dpi=100)
-    for axis, (name, frames) in zip(axes, films.items()):
+    for axis, (name, frames) in zip(axes, films.items(), strict=True):
         off = measure(frames[i])["off"]
         fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{name}\noff {off:.2f}", count=400)
     figure.suptitle(f"iteration {i}", x=0.01, ha="left", fontsize=9)
@@ -53,8 +55,8 @@ def pinwheel_film(folder):
         path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
     moments = (0, 2, 6, 10, 20, 60, 400)
     figure, axes = plt.subplots(3, len(moments), figsize=(10, 4.8))
-    for row, (name, frames) in zip(axes, films.items()):
-        for axis, i in zip(row, moments):
+    for row, (name, frames) in zip(axes, films.items(), strict=True):
+        for axis, i in zip(row, moments, strict=True):
             off = measure(frames[i])["off"]
             fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{i}: off {off:.2f}", size=2)
         row[0].set_ylabel(name, fontsize=8)

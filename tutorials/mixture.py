@@ -1,4 +1,4 @@
-"""A small world with an exact teacher: a 2-D mixture of Gaussians, whose velocity is known in closed form.
+"""A small world with an exact teacher: a 2-D mixture of Gaussians, its velocity in closed form.
 
 Four classes of three Gaussians each; text is the class of each item, (B,), and -1 is no text.
 Notebook 1 draws with it. tests/test_distill_toy.py shows on it what each term of distill.py does,
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill import (  # noqa: E402
+from distill import (
     Nets,
     Settings,
     backward_simulation,
@@ -25,7 +25,7 @@ from distill import (  # noqa: E402
     shift_time,
     training_step,
 )
-from sampler import time_schedule  # noqa: E402
+from sampler import time_schedule
 
 CLASSES, PARTS, SPREAD = 4, 3, 0.25
 NULL = torch.tensor([-1])
@@ -36,7 +36,7 @@ def ring(count, radius):
     return radius * torch.stack((angle.cos(), angle.sin()), -1)
 
 
-MEANS = (ring(CLASSES, 1.2)[:, None] + ring(PARTS, 0.5)).flatten(0, 1)       # (12, 2), class by class
+MEANS = (ring(CLASSES, 1.2)[:, None] + ring(PARTS, 0.5)).flatten(0, 1)     # (12, 2), by class
 OWNER = torch.arange(CLASSES * PARTS) // PARTS
 
 
@@ -46,11 +46,11 @@ def draw(text, g):
     return means + SPREAD * torch.randn(means.shape, generator=g)
 
 
-# --- The exact velocity ---------------------------------------------------------------------------
+# --- The exact velocity -------------------------------------------------------------------------
 
 
 def log_densities(x, t, text, means=MEANS, owner=OWNER, spread=SPREAD):
-    """log p(x_t from Gaussian k) up to a constant, (B, K): -inf for those of other classes than text."""
+    """log p(x_t from Gaussian k) + constant, (B, K): -inf for those of other classes than text."""
     time = t[:, None]
     variance = (time * spread) ** 2 + (1 - time) ** 2
     logits = -(x[:, None] - t[:, None, None] * means).square().sum(-1) / (2 * variance)
@@ -58,7 +58,7 @@ def log_densities(x, t, text, means=MEANS, owner=OWNER, spread=SPREAD):
 
 
 def gaussian_velocity(x, t, text, means, owner, spread):
-    """E[data - noise | x_t = x] of equal Gaussians around `means` (K, 2) that belong to classes `owner`.
+    """E[data - noise | x_t = x] of equal Gaussians around `means` (K, 2) of classes `owner` (K,).
 
     In each Gaussian it is linear in x. The Gaussians are weighted by how likely x came from each.
     """
@@ -142,12 +142,13 @@ class FakePerStep(nn.Module):
 def train(start, count, seed=0, lr=1e-3, batch=128, fakes=1, dm=True, shield=None, **settings):
     """`count` iterations of distill.training_step with rates that fall to 0 -> the student.
 
-    fakes: one for all of the student's steps, or as many as it has. dm False: without the shield DM.
-    shield: another shield (tutorials/shields.py). settings: of distill.Settings.
+    fakes: one for all of the student's steps, or as many as it has. dm False: without DM. shield:
+    another shield (tutorials/shields.py). settings: of distill.Settings.
     """
     g, settings = torch.Generator().manual_seed(seed), Settings(**settings)
     student = copy.deepcopy(start).requires_grad_(True)
-    fake = FakePerStep(start, fakes, time_schedule(settings.steps, settings.shift)).requires_grad_(True)
+    times = time_schedule(settings.steps, settings.shift)
+    fake = FakePerStep(start, fakes, times).requires_grad_(True)
     if not dm:
         settings.fake_updates = 0
     optimizers = [torch.optim.Adam(net.parameters(), lr, (0.0, 0.999)) for net in (student, fake)]
@@ -158,7 +159,8 @@ def train(start, count, seed=0, lr=1e-3, batch=128, fakes=1, dm=True, shield=Non
     for i in range(count):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * (1 - i / count)
-        text, noise = torch.randint(CLASSES, (batch,), generator=g), torch.randn(batch, 2, generator=g)
+        text = torch.randint(CLASSES, (batch,), generator=g)
+        noise = torch.randn(batch, 2, generator=g)
         training_step(nets, text, NULL, noise, settings, g)
     return student.requires_grad_(False)
 
@@ -167,9 +169,10 @@ def train(start, count, seed=0, lr=1e-3, batch=128, fakes=1, dm=True, shield=Non
 
 
 def sliced_distance(x, data, directions=32):
-    """Sliced Wasserstein-1 distance of two clouds of as many points: how far points must be moved.
+    """Sliced Wasserstein-1 distance of two clouds of as many points: how far points must move.
 
-    Both are projected on many directions; sorted, the n-th point of one goes to the n-th of the other.
+    Both are projected on many directions. Sorted, the n-th point of one goes to the n-th of the
+    other.
     """
     angle = torch.arange(directions) * math.pi / directions
     axes = torch.stack((angle.cos(), angle.sin()))
@@ -179,8 +182,8 @@ def sliced_distance(x, data, directions=32):
 def judge(x, text):
     """Samples (B, 2) -> accuracy, std, std inside a class, distance inside a class.
 
-    Accuracy is that of the best possible classifier. Both stds are over those of the data. The distance
-    is the sliced Wasserstein-1 distance to the data, averaged over classes.
+    Accuracy is that of the best possible classifier. Both stds are over those of the data. The
+    distance is the sliced Wasserstein-1 distance to the data, averaged over classes.
     """
     real, ones = draw(text, torch.Generator().manual_seed(99)), torch.ones(len(x))
     logits = log_densities(x, ones, NULL.expand(len(x))).unflatten(1, (CLASSES, PARTS))
@@ -192,7 +195,7 @@ def judge(x, text):
 
 
 def outputs(student, steps):
-    """The student's outputs of every step of a run, the last of which is the sample -> list of (2000, 2), text."""
+    """The student's outputs of every step; the last are the samples -> list of (2000, 2), text."""
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     text, times = torch.arange(2000) % CLASSES, time_schedule(steps, 3.0)
     xs = [backward_simulation(student, noise, text, times, step)[0] for step in range(steps)]

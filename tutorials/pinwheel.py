@@ -1,7 +1,8 @@
-"""The pinwheel: five thin spiral arms in 2-D, a teacher trained on them, and the distillation loop on one page.
+"""The pinwheel: five thin spiral arms in 2-D, a teacher trained on them, and a distillation loop.
 
-A prompt is the number of an arm, 0 to 4, as a tensor (B,); -1 is no prompt. The teacher is a small network that
-has learned the arms from samples, with faults, as every trained network has. So guidance has something to mend.
+A prompt is the number of an arm, 0 to 4, as a tensor (B,); -1 is no prompt. The teacher is a small
+network that has learned the arms from samples, with faults, as every trained network has. So
+guidance has something to mend.
 Notebooks 3, 4 and 5 use it; notebook 4 writes the loop of `distill_pinwheel` out line by line.
 """
 
@@ -15,8 +16,6 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from mixture import MLP, sliced_distance  # noqa: E402
-
 from distill import (  # noqa: E402
     backward_simulation,
     cfg_augmentation,
@@ -26,6 +25,7 @@ from distill import (  # noqa: E402
     renoise,
     shift_time,
 )
+from mixture import MLP, sliced_distance  # noqa: E402
 from sampler import sample, time_schedule  # noqa: E402
 
 ARMS, WIDTH = 5, 0.06
@@ -33,13 +33,13 @@ NULL = torch.tensor([-1])
 
 
 def arm(c, u):
-    """The middle line of arm c (B,) at u (B,) in [0, 1], from the inner end to the outer one -> (B, 2)."""
+    """The middle line of arm c (B,) at u (B,), 0 the inner end, 1 the outer one -> (B, 2)."""
     radius, angle = 0.5 + 1.4 * u, 2 * math.pi * c / ARMS + 2.5 * u
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
 
 
 def draw(text, g):
-    """One data point for each prompt (B,) -> (B, 2): roughly even along the arm, with a little width."""
+    """One data point for each prompt (B,) -> (B, 2): roughly even along the arm, a little wide."""
     u = torch.rand(text.shape, generator=g).sqrt()
     return arm(text.float(), u) + WIDTH * torch.randn(*text.shape, 2, generator=g)
 
@@ -57,8 +57,9 @@ DATA = draw(TEXT, seeded(99))
 
 
 def is_off(x, text):
-    """Which samples (B, 2) are farther than three widths from the middle line of their own arm -> (B,) bool."""
-    lines = arm(torch.arange(ARMS).float()[:, None], torch.linspace(0, 1, 200)[None].expand(ARMS, -1))
+    """Which samples (B, 2) are over three widths from the middle line of their own arm -> bool."""
+    u = torch.linspace(0, 1, 200).expand(ARMS, -1)
+    lines = arm(torch.arange(ARMS).float()[:, None], u)
     return (x[:, None] - lines[text]).norm(dim=-1).amin(1) > 3 * WIDTH
 
 
@@ -84,7 +85,7 @@ def samples(net, steps, guidance=0.0):
 
 
 def fit_teacher(seed=0, count=800, batch=256):
-    """Flow matching on samples of the arms; 15 % of the prompts are left out, so that guidance is possible."""
+    """Flow matching on samples of the arms; 15 % of the prompts are left out, for guidance."""
     torch.manual_seed(seed)
     g, net = seeded(seed), MLP(ARMS, 64)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
@@ -106,7 +107,7 @@ def fit_teacher(seed=0, count=800, batch=256):
 
 
 def hybrid(t, g):
-    """-> (tau_dm, tau_ca) for outputs made at times t (B,): DM looks everywhere, CA only at what is still to be made."""
+    """-> (tau_dm, tau_ca) for outputs made at times t (B,): DM looks everywhere, CA after t."""
     return torch.rand(t.shape, generator=g), t + (1 - t) * torch.rand(t.shape, generator=g)
 
 
@@ -127,17 +128,19 @@ def learner(net):
 def average_into(average, net, keep):
     """The running average of a net's weights moves (1 - keep) of the way to them."""
     with torch.no_grad():
-        for mean, value in zip(average.parameters(), net.parameters()):
+        for mean, value in zip(average.parameters(), net.parameters(), strict=True):
             mean.lerp_(value, 1 - keep)
 
 
-def distill_pinwheel(teacher, alpha=2.0, shield=True, schedule=hybrid, steps=2, count=400, seed=0,
+def distill_pinwheel(teacher, alpha=2.0, shield=True, schedule=hybrid, count=400, seed=0,
                      constant_rate=False, watch=None, start=None):
-    """CA + DM on the pinwheel -> the student, a copy of the start (the teacher) with averaged weights.
+    """CA + DM on the pinwheel -> a student of two steps, with averaged weights.
 
-    alpha 1 leaves CA out, shield False leaves DM out; schedule(t, g) -> (tau_dm, tau_ca); watch(iteration, average)
-    is called before every iteration and at the end. Each of the student's steps has a fake of its own.
+    alpha 1 leaves CA out, shield False leaves DM out. schedule(t, g) -> (tau_dm, tau_ca).
+    watch(iteration, average): called before every iteration and at the end. start: the net that
+    student and fakes start from, if not the teacher. Each of the two steps has a fake of its own.
     """
+    steps = 2
     g, times = seeded(seed), time_schedule(steps, 1.0)
     student, optimizer = learner(start or teacher)
     fakes = [learner(start or teacher) for _ in range(steps)]

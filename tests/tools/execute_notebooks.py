@@ -1,8 +1,8 @@
 """Runs the pages of tutorials/ from a clean kernel.
 
-    python tests/tools/execute_notebooks.py                 run all, with the answers to the exercises
+    python tests/tools/execute_notebooks.py                 run all, with the exercises' answers
     python tests/tools/execute_notebooks.py --write 03 04   run these and store their outputs
-    python tests/tools/execute_notebooks.py --links         set the line numbers of links to functions
+    python tests/tools/execute_notebooks.py --links         correct the lines of links to functions
 
 Needs the packages of tutorials/requirements.txt. tests/test_tutorials.py uses the functions below.
 """
@@ -59,7 +59,7 @@ def answers(cells):
 
 
 def execute(path, with_answers=True):
-    """Runs a notebook in a clean kernel with one thread -> its cells with outputs, answers left out."""
+    """Runs a notebook in a clean kernel with one thread -> it, with outputs, without answers."""
     import nbformat
     from nbclient import NotebookClient
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
