@@ -67,7 +67,7 @@ class Pipeline:
     steps: int = 8                      # network evaluations for one image
     guidance: float = 0.0
     size: int = 1024                    # side of a square image in pixels
-    trained_steps: int | None = None    # a distilled student knows the times of this number only
+    trained_steps: int | list | None = None        # what a student was distilled for
     name: str = ""
     device: torch.device = torch.device("cpu")
 
@@ -232,9 +232,10 @@ def check_size(pipeline, height=None, width=None):
 def recommended_times(pipeline, steps=None, shift=None):
     """time_schedule with what the checkpoint recommends, and a warning for a distilled student."""
     steps = setting(steps, pipeline.steps)
-    if pipeline.trained_steps not in (None, steps):
-        warnings.warn(f"this model was distilled for {pipeline.trained_steps} steps; with {steps} "
-                      f"its images are worse: use --steps {pipeline.trained_steps}", stacklevel=2)
+    trained = pipeline.trained_steps or steps
+    if steps not in (trained if isinstance(trained, (list, tuple)) else [trained]):
+        warnings.warn(f"this model was distilled for {trained} steps; fewer steps than that give "
+                      f"worse images, more give similar ones", stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 
