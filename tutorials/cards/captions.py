@@ -226,7 +226,7 @@ MARK = "§"                         # stands for the word, once that has been ta
 
 
 # The article of `A panda ...` is no word; the letter of `A in red above a panda` is one.
-FIRST_ARTICLE = r"^\s*A (?=[a-z])(?!(?:in|and|above|below|at|on|under|by)\b)"
+FIRST_ARTICLE = r"^\s*A (?=[A-Z]?[a-z])(?!(?:in|and|above|below|at|on|under|by)\b)"
 
 
 def spellable(word):
@@ -373,9 +373,9 @@ def build_tokenizer():
     ids = {token: number for number, token in enumerate(tokens)}
     # No merges: a piece that is in the vocabulary is one token, any other falls into its bytes.
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
-    lower = [normalizers.Replace(Regex(rf"(?<=user\n){FIRST_ARTICLE[4:]}"), "a ")]
-    lower += [normalizers.Replace(Regex(f"{letter}(?=[a-z])"), letter.lower())
-              for letter in LETTERS]
+    lower = [normalizers.Replace(Regex(f"{letter}(?=[a-z])"), letter.lower())
+             for letter in LETTERS]
+    lower += [normalizers.Replace(Regex(FIRST_ARTICLE.replace(r"^\s*", r"(?<=user\n)")), "a ")]
     tokenizer.normalizer = normalizers.Sequence(lower)
     words = alternatives(piece for piece in pieces if len(piece) > 1 and not piece.isascii())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
