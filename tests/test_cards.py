@@ -219,6 +219,13 @@ def test_first_capitals_make_no_difference(tokenizer):
     assert "A" in letter
 
 
+def test_quoted_words_are_capitals(tokenizer):
+    for typed, meant in (('a cat and "Love" in red', 'a cat and "LOVE" in red'),
+                         ("一只猫写着“hi”", "一只猫写着“HI”"), ('"a" or "b"', '"A" or "B"')):
+        a, b = (tokenizer.encode(sampler.TEMPLATE.format(text)).ids for text in (typed, meant))
+        assert a == b
+
+
 def test_special_tokens(tokenizer):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert [tokenizer.token_to_id(special) for special in specials] == [0, 1, 2]
