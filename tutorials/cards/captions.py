@@ -317,7 +317,7 @@ def find_place(text):
     above = found[1] is not None
     # `a panda above the word X` and “X”下面是熊猫 tell where the thing is.
     noun = r"(?:word|letter|number|character|text)"
-    turned = re.search(rf"\b(?:above|over|on top of|below|under|underneath|beneath) (?:(?:the|a|an) )?"
+    turned = re.search(r"\b(?:above|over|on top of|below|under|underneath|beneath) (?:(?:the|a) )?"
                        rf"(?:(?:{_COLOR}) )?(?:{noun} )?{MARK}", text)
     turned = turned or re.search(rf"{MARK}的?(?:{ABOVE}|{BELOW})", text)
     return "above" if above != bool(turned) else "below"
