@@ -76,6 +76,7 @@ class Recipe:
     captions: int = 8             # of each drawing
     # VAE
     vae_drawings: int = 8192      # the first ones
+    vae_tests: int = 64           # others, to measure the reconstruction
     vae_minutes: float = 40.0
     vae_steps: int = 0            # if above 0, so many steps in place of a time
     vae_muon_lr: float = 8e-3     # kernels and matrices
@@ -114,9 +115,9 @@ class Recipe:
 
 GPU = dict(drawings=160_000, vae_drawings=16384, vae_minutes=1.4, vae_batch=32, vae_crops=0.0,
            minutes=5.2, batch=512, ema=0.999, compile=True, log_every=200, save_minutes=1.0)
-SMOKE = dict(drawings=64, vae_drawings=64, captions=2, vae_steps=6, vae_batch=2, steps=6, batch=8,
-             dim=32, layers=1, sample_steps=2, probe_prompts=4, report_prompts=4, log_every=2,
-             long_every=2)
+SMOKE = dict(drawings=64, captions=2, vae_drawings=64, vae_tests=2, vae_steps=6, vae_batch=2,
+             steps=6, batch=8, dim=32, layers=1, long_every=2, sample_steps=2, probe_prompts=4,
+             report_prompts=4, log_every=2)
 
 
 def vae_config(scale=1.0, shift=0.0):
@@ -324,9 +325,13 @@ class Drawings:
             return
         for k in range(processes):
             process = multiprocessing.get_context("fork").Process(
-                target=self.draw_chunks, args=(k, processes), daemon=True)
+                target=self.draw_in_background, args=(k, processes), daemon=True)
             process.start()
             self.processes.append(process)
+
+    def draw_in_background(self, first, stride):
+        os.nice(5)                                               # training comes first
+        self.draw_chunks(first, stride)
 
     def draw_chunks(self, first, stride):
         for chunk in range(first, self.chunks, stride):
@@ -486,7 +491,7 @@ def train_vae(recipe, run, drawings):
     adam = torch.optim.AdamW([p for p in parameters if p.ndim == 1], recipe.vae_adam_lr,
                              (0.9, 0.99), weight_decay=0.0)
     stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, muon=muon, adam=adam)
-    test, captions = test_cards(64, recipe.seed, run.device)
+    test, captions = test_cards(recipe.vae_tests, recipe.seed, run.device)
     drawings.wait(recipe.vae_drawings)
     pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
     count = max(recipe.vae_batch // run.workers, 1)
