@@ -1,7 +1,7 @@
 """Scores checkpoints of the cards world: what was asked for against what is read in the pictures.
 
     python tutorials/cards/evaluate.py                                 the bundled checkpoints
-    python tutorials/cards/evaluate.py --model DIR --steps 1 4 16 --guidance 0 2 --count 200 --json OUT
+    python tutorials/cards/evaluate.py --model DIR --steps 1 4 16 --guidance 0 2 --json OUT
 
 Accuracies count, of the prompts that name an attribute, the share whose picture shows it; `joint`
 wants everything that the prompt names. `strict` wants the word right and every glyph of it clean.
@@ -21,18 +21,18 @@ import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # pictures are read on all cores, one each
 
-import numpy as np                                      # noqa: E402
-import torch                                            # noqa: E402
-import torch.nn.functional as F                         # noqa: E402
-from tqdm import tqdm                                   # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 
-import data                                             # noqa: E402
-import reader                                           # noqa: E402
-import sampler                                          # noqa: E402
-from convert_weights import UserError, run_command      # noqa: E402
+import data  # noqa: E402
+import reader  # noqa: E402
+import sampler  # noqa: E402
+from convert_weights import UserError, run_command  # noqa: E402
 
 GROUPS = ("unseen_words", "en", "zh", "open", "given")
 FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
@@ -76,7 +76,8 @@ def accuracy(readings, prompts):
         if "word" in wanted:
             characters += right_characters(reading["word"], wanted["word"])
     shares = {name: float(np.mean(hits)) if hits else float("nan") for name, hits in counts.items()}
-    return shares | {"characters": float(characters[0] / characters[1]) if characters[1] else float("nan")}
+    share = float(characters[0] / characters[1]) if characters[1] else float("nan")
+    return shares | {"characters": share}
 
 
 def groups_of(prompt):
@@ -93,14 +94,18 @@ def groups_of(prompt):
 
 def to_uint8(images):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()
 def features(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, 144): mean colors of a 4 x 4 grid (48), and of each quarter the
-    mean response of 24 random 5 x 5 filters that see no flat color (96), at half the resolution,
-    after ReLU and scaled to weigh about as much."""
+    """(B, 3, H, W) in [-1, 1] -> (B, 144), fixed features.
+
+    Mean colors of a 4 x 4 grid (48), and of each quarter the mean response of 24 random 5 x 5
+    filters that see no flat color (96), at half the resolution, after ReLU and scaled to weigh
+    about as much.
+    """
     generator = torch.Generator().manual_seed(0)
     filters = torch.randn(24, 3, 5, 5, generator=generator)
     filters -= filters.mean((2, 3), keepdim=True)
@@ -114,7 +119,7 @@ def features(images):
 
 
 def frechet(a, b):
-    """Features (N, D) and (M, D) -> Frechet distance of their Gaussians, over the trace of b's covariance.
+    """Features (N, D) and (M, D) -> Frechet distance of their Gaussians, over b's total variance.
 
     |mean_a - mean_b|^2 + tr(A + B - 2 (B^1/2 A B^1/2)^1/2); nan for fewer than two rows.
     """
@@ -136,7 +141,7 @@ def saturation(images):
 
 
 def drawings(prompts, seed):
-    """One drawing for each prompt, (B, 3, 128, 128) in [-1, 1]: what a perfect model would sample."""
+    """One drawing for each prompt, (B, 3, 128, 128) in [-1, 1]: what a perfect model samples."""
     rng = np.random.default_rng(seed)
     pictures = np.stack([data.draw(data.scene_for(prompt, rng)) for prompt in prompts])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -164,8 +169,8 @@ def score(images, prompts, real=None, workers=None):
 def figures(readings, prompts, rows, chosen):
     """All figures over the chosen prompts."""
     images, real = rows["images"][chosen], rows["real"][chosen]
-    row = {"count": len(chosen)} | accuracy([readings[i] for i in chosen], [prompts[i] for i in chosen])
-    return row | {
+    row = accuracy([readings[i] for i in chosen], [prompts[i] for i in chosen])
+    return {"count": len(chosen)} | row | {
         "frechet": frechet(rows["features"][chosen], rows["real_features"][chosen]),
         "std_ratio": float(images.std() / real.std()),
         "saturation": saturation(images) / saturation(real)}
@@ -179,14 +184,16 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
     """Prompts -> latents (B, C, h, w). The noise of prompt i depends on seed, i and batch alone."""
     latents, device = [], next(pipeline.dit.parameters()).device
     channels, side = pipeline.dit.config.in_channels, data.SIDE // pipeline.vae.config.downsampling
-    times, generator = sampler.time_schedule(steps, pipeline.shift), torch.Generator().manual_seed(seed)
+    times = sampler.time_schedule(steps, pipeline.shift)
+    generator = torch.Generator().manual_seed(seed)
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     title = f"{steps} steps, guidance {guidance:g}"
     for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
         part = prompts[start:start + batch]
         noise = torch.randn(len(part), channels, side, side, generator=generator).to(device)
         text = sampler.encode_prompts(pipeline, part)
-        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance, negative=negative))
+        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance,
+                                      negative=negative))
     return torch.cat(latents)
 
 
@@ -194,22 +201,24 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
 def decode(vae, latents, batch=20):
     """Latents -> unclamped pictures (B, 3, 128, 128) on the CPU."""
     weights = next(vae.parameters())
-    return torch.cat([vae.decode(part.to(weights)).float().cpu() for part in latents.split(batch)])
+    images = [vae.decode(part.to(weights)).float().cpu() for part in latents.split(batch)]
+    return torch.cat(images)
 
 
 @torch.no_grad()
 def encode(vae, images, batch=20):
     """Pictures (B, 3, 128, 128) in [-1, 1] -> latents (B, C, h, w)."""
-    return torch.cat([vae.encode(part.to(next(vae.parameters()))) for part in images.split(batch)])
+    weights = next(vae.parameters())
+    return torch.cat([vae.encode(part.to(weights)) for part in images.split(batch)])
 
 
 def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
-    """Prompts -> unclamped pictures (B, 3, 128, 128) on the CPU, from the noise of sample_latents."""
+    """Prompts -> unclamped pictures (B, 3, 128, 128) on the CPU; the noise is sample_latents'."""
     return decode(pipeline.vae, sample_latents(pipeline, prompts, steps, guidance, seed, batch))
 
 
 def reconstruct(vae, images):
-    """Pictures (B, 3, H, W) in [-1, 1] -> unclamped reconstructions, and PSNR in dB averaged over pictures."""
+    """Pictures (B, 3, H, W) in [-1, 1] -> unclamped reconstructions, and their mean PSNR in dB."""
     out = decode(vae, encode(vae, images))
     error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
     return out, float((10 * torch.log10(4 / error)).mean())
@@ -221,13 +230,13 @@ DIVERSITY_SEEDS = 16
 
 
 def spread(images):
-    """Root mean square distance of pictures (B, 3, H, W) from their mean picture, in [-1, 1] units."""
+    """Root mean square distance of pictures (B, 3, H, W) in [-1, 1] from their mean picture."""
     clipped = images.float().clamp(-1, 1)
     return float((clipped - clipped.mean(0)).square().mean().sqrt())
 
 
 def diversity(pipeline, steps, guidance, seed=1):
-    """How far the pictures of one prompt differ, over a few open prompts: 1 is as in the drawings."""
+    """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings."""
     ratios = []
     for prompt in OPEN_PROMPTS:
         prompts = [prompt] * DIVERSITY_SEEDS
@@ -247,8 +256,8 @@ def positive(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="Score cards checkpoints; prints a markdown table.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Score cards checkpoints; print a markdown table.", allow_abbrev=False)
     folders = [os.path.join(HERE, name) for name in ("teacher", "student")]
     bundled = [folder for folder in folders if os.path.exists(folder)]
     parser.add_argument("--model", nargs="+", default=bundled, metavar="DIR",
@@ -257,10 +266,12 @@ def arguments():
                         help="one or several numbers of steps (default: the checkpoint's)")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="G",
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
-    parser.add_argument("--count", type=positive, default=200, metavar="K", help="of prompts (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of noise and prompts (default: 0)")
+    parser.add_argument("--count", type=positive, default=200, metavar="K",
+                        help="number of prompts (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S",
+                        help="of the noise, and of the prompts without a file (default: 0)")
     parser.add_argument("--prompts", metavar="FILE",
-                        help="one prompt a line; the first K are used (default: K held-out prompts drawn from S)")
+                        help="one prompt a line; the first K (default: K held-out prompts)")
     parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
     return parser.parse_args()
 
@@ -283,7 +294,8 @@ def print_rows(name, row):
     print(table_row(name, row))
     for group in GROUPS:
         if group in row:
-            print(table_row(f"- {group.replace('_', ' ')} ({row[group]['count']})", row[group]), flush=True)
+            title = f"- {group.replace('_', ' ')} ({row[group]['count']})"
+            print(table_row(title, row[group]), flush=True)
 
 
 def without_nan(value):
@@ -317,7 +329,8 @@ def main():
     pipelines = [sampler.load_pipeline(model) for model in args.model]
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
-    print(table_row("drawings", score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}))
+    row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
+    print(table_row("drawings", row))
     rebuilt, decibels = reconstruct(pipelines[0].vae, real)
     print(table_row(f"VAE, {decibels:.1f} dB", score(rebuilt, prompts, real)), flush=True)
     rows = []

@@ -5,7 +5,8 @@
     python tutorials/cards/make_sheets.py --sprites package/assets \\
         --fonts noto/usr/share/fonts/opentype/noto
 
-The sheets are committed, so nobody needs this script in order to draw. Sources and licenses: NOTICE.txt.
+The sheets are committed: nobody needs this script in order to draw. Sources and licenses stand in
+NOTICE.txt.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import data
+import world
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CODES = {                                  # Unicode code points: the names of the package's files
@@ -33,7 +34,7 @@ LEVELS = 16                                # gray levels of a glyph's edge: enou
 
 
 def thing(path):
-    """One sprite, trimmed to what is visible, centered in a square of data.SPRITE pixels, RGBA."""
+    """One sprite, trimmed to what is visible, centered in a square of world.SPRITE pixels, RGBA."""
     image = Image.open(path).convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox())
     side = max(image.size)
@@ -43,9 +44,10 @@ def thing(path):
     pixels = np.asarray(square, np.float32)
     alpha = pixels[..., 3:] / 255
     planes = np.concatenate((pixels[..., :3] * alpha, pixels[..., 3:]), -1)
-    size = (data.SPRITE, data.SPRITE)
-    small = [Image.fromarray(plane).resize(size, Image.LANCZOS) for plane in np.moveaxis(planes, -1, 0)]
-    small = np.stack(small, -1).clip(0, 255)
+    size = (world.SPRITE, world.SPRITE)
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(planes, -1, 0)]
+    # Filters that overshoot would leave bright dashes along the edges.
+    small = np.stack([plane.resize(size, Image.HAMMING) for plane in planes], -1)
     small[..., :3] /= np.maximum(small[..., 3:] / 255, 1 / 255)
     small[small[..., 3] < 6] = 0
     return Image.fromarray(small.clip(0, 255).round().astype(np.uint8))
@@ -61,12 +63,12 @@ def ink(character, font):
 def latin(character, font):
     """A capital or digit -> mask, all of one height, however wide or deep the font draws it."""
     tile = ink(character, font)
-    height = data.CAP
+    height = world.CAP
     if tile.height > 1.06 * ink("H", font).height:           # a tail, as of Q
-        height = round(1.1 * data.CAP)
-    width = min(round(tile.width * height / tile.height), data.GLYPH - 2)
-    cell = Image.new("L", (data.GLYPH, data.GLYPH))
-    place = ((data.GLYPH - width) // 2, (data.GLYPH - data.CAP) // 2)
+        height = round(1.1 * world.CAP)
+    width = min(round(tile.width * height / tile.height), world.GLYPH - 2)
+    cell = Image.new("L", (world.GLYPH, world.GLYPH))
+    place = ((world.GLYPH - width) // 2, (world.GLYPH - world.CAP) // 2)
     cell.paste(tile.resize((width, height), Image.LANCZOS), place)
     return cell
 
@@ -74,16 +76,16 @@ def latin(character, font):
 def hanzi(character, font):
     """A Chinese character -> mask in the middle of its cell, at the font's own scale."""
     tile = ink(character, font)
-    scale = (data.GLYPH - 2) / max(HANZI_FACE, tile.width, tile.height)
+    scale = (world.GLYPH - 2) / max(HANZI_FACE, tile.width, tile.height)
     size = (round(tile.width * scale), round(tile.height * scale))
-    cell = Image.new("L", (data.GLYPH, data.GLYPH))
-    place = ((data.GLYPH - size[0]) // 2, (data.GLYPH - size[1]) // 2)
+    cell = Image.new("L", (world.GLYPH, world.GLYPH))
+    place = ((world.GLYPH - size[0]) // 2, (world.GLYPH - size[1]) // 2)
     cell.paste(tile.resize(size, Image.LANCZOS), place)
     return cell
 
 
 def glyph(character, font):
-    """Mask of one character in a cell of data.GLYPH pixels, with LEVELS levels of gray."""
+    """Mask of one character in a cell of world.GLYPH pixels, with LEVELS levels of gray."""
     cell = latin(character, font) if character.isascii() else hanzi(character, font)
     return cell.point(lambda value: round(value / 255 * (LEVELS - 1)) * 255 // (LEVELS - 1))
 
@@ -104,16 +106,16 @@ def sheet(tiles, columns, mode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sprites", required=True, metavar="DIR", help="the package's assets/")
-    parser.add_argument("--fonts", required=True, metavar="DIR", help="folder of the two .ttc files")
+    parser.add_argument("--fonts", required=True, metavar="DIR", help="folder of the two fonts")
     args = parser.parse_args()
-    things = [thing(os.path.join(args.sprites, CODES[name] + ".webp")) for name in data.THINGS]
-    picture = sheet(things, data.SHEET_COLUMNS, "RGBA")
+    things = [thing(os.path.join(args.sprites, CODES[name] + ".webp")) for name in world.THINGS]
+    picture = sheet(things, world.SHEET_COLUMNS, "RGBA")
     picture.save(os.path.join(HERE, "things.png"), optimize=True)
     glyphs = []
-    for name in data.FONTS:
+    for name in world.FONTS:
         font = ImageFont.truetype(os.path.join(args.fonts, FONTS[name]), POINTS, index=SIMPLIFIED)
-        glyphs += [glyph(character, font) for character in data.CHARACTERS]
-    picture = sheet(glyphs, data.SHEET_COLUMNS, "L")
+        glyphs += [glyph(character, font) for character in world.CHARACTERS]
+    picture = sheet(glyphs, world.SHEET_COLUMNS, "L")
     picture.quantize(LEVELS).save(os.path.join(HERE, "glyphs.png"), optimize=True)
 
 

@@ -15,21 +15,23 @@ import multiprocessing
 import os
 from typing import NamedTuple
 
-import data
 import numpy as np
+
+import painting
+import world
 
 MIN_EXPLAINED = 0.40      # share of what is on the card that a thing's sprite must explain
 MIN_SPRITE = 0.58         # correlation with a sprite below which there is no thing
 MIN_GLYPH = 0.55          # correlation with a glyph below which a character cannot be read
 STRICT_GLYPH = 0.80       # correlation above which a character counts as clean
 MAX_INK = 75.0            # RGB distance to the nearest ink beyond which there is none
-MAX_CARD = 3.0            # mean squared distance to a card's mean, in its deviations, beyond which none
+MAX_CARD = 3.0            # mean squared distance from a card's mean, in deviations, that is too far
 
 # --- Things -------------------------------------------------------------------------------------
 
 REACH = 38                # half of the window that holds the largest turned sprite
 PAD = 12                  # pixels added round the picture, so that windows fit at its edges
-POSES = [(size, tilt, mirrored) for size in data.PIXELS for tilt in data.TILTS
+POSES = [(size, tilt, mirrored) for size in world.PIXELS for tilt in world.TILTS
          for mirrored in (False, True)]
 COARSE = [i for i, (_, tilt, _) in enumerate(POSES) if tilt in (-16, 0, 16)]
 
@@ -43,14 +45,14 @@ def shrink(planes, factor):
 @functools.cache
 def window_sprite(thing, size, tilt, mirrored):
     """A sprite in the middle of a window, (4, 76, 76), colors multiplied by alpha."""
-    pixels = data.sprite(thing, data.PIXELS[size], tilt)
+    pixels = painting.sprite(thing, world.PIXELS[size], tilt)
     if mirrored:
         pixels = pixels[..., ::-1]
     window = np.zeros((4, 2 * REACH, 2 * REACH), np.float32)
     start = REACH - pixels.shape[1] // 2
-    end = min(start + pixels.shape[1], 2 * REACH)
-    first = max(start, 0)
-    window[:, first:end, first:end] = pixels[:, first - start:end - start, first - start:end - start]
+    inside = slice(max(start, 0), min(start + pixels.shape[1], 2 * REACH))
+    cut = slice(inside.start - start, inside.stop - start)
+    window[:, inside, inside] = pixels[:, cut, cut]
     return window
 
 
@@ -84,11 +86,12 @@ def windows_of(planes, size, rows, columns):
 
 
 def fit(windows, ground, sprites):
-    """Windows (n, 3, k, k) of the picture and of the bare ground -> two arrays (n, sprites).
+    """Windows (n, 3, k, k) of the picture and of the bare ground -> three arrays (n, sprites).
 
-    The first is the share of what differs from the ground that each sprite explains: 1 is the
-    sprite and nothing else, below 0 the bare ground is a better guess. The second is the
-    normalized correlation of window and sprite, over the sprite's own pixels.
+    Each sprite's gain is the fall of the squared error, over the sprite's own pixels, where it
+    takes the place of the bare ground. The share explained is the gain over all there is to
+    explain in the window: 1 is the sprite and nothing else. Last the normalized correlation of
+    window and sprite.
     """
     flat = windows.reshape(len(windows), -1)
     total = windows.sum(1).reshape(len(windows), -1) @ sprites.alpha.T
@@ -99,12 +102,12 @@ def fit(windows, ground, sprites):
     # Bright spots beside the sprite, as the moon, count no more than others.
     beside = np.minimum(difference, 60.0 ** 2)
     beside = beside.sum(1, keepdims=True) - beside @ sprites.alpha.T
-    # The fall of the squared error over the sprite's pixels, over all there is to explain.
     gain = inside - square + 2 * product - sprites.energy
     explained = gain / (inside + beside + 50 * sprites.alpha.shape[1])
     spread = np.sqrt(np.maximum(square - total ** 2 / (3 * sprites.alpha.sum(1)), 1e-6))
     spread = np.maximum(spread, 0.2 * sprites.deviation)
-    return explained, (product - sprites.mean * total) / (sprites.deviation * spread)
+    correlation = (product - sprites.mean * total) / (sprites.deviation * spread)
+    return gain, explained, correlation
 
 
 def ground_of(planes):
@@ -142,8 +145,9 @@ class Search:
         rows, columns = (THING_ROWS - REACH + PAD) // 4, np.arange(20)
         windows = windows_of(shrink(self.planes, 2), size, rows, columns)
         ground = windows_of(shrink(self.ground, 2), size, rows, columns)
-        things = tuple(data.THINGS)
-        scores = sum(fit(windows, ground, bank(things, tuple(COARSE), 4)))
+        things = tuple(world.THINGS)
+        _, explained, correlation = fit(windows, ground, bank(things, tuple(COARSE), 4))
+        scores = explained + correlation
         scores = scores.reshape(len(rows), len(columns), len(things), len(COARSE)).max(-1)
         self.rows, self.columns = 4 * rows + REACH - PAD, 4 * columns + REACH - PAD
         self.scores = scores                                  # (rows, columns, things)
@@ -152,7 +156,7 @@ class Search:
         """The best thing among the allowed (rows, columns) places, looked at closely: Found."""
         scores = np.where(allowed[..., None], self.scores, -np.inf)
         candidates = np.argsort(-scores.max((0, 1)))[:3]
-        found = [self.look(list(data.THINGS)[i], scores[..., i]) for i in candidates]
+        found = [self.look(list(world.THINGS)[i], scores[..., i]) for i in candidates]
         return max(found, key=lambda thing: thing.explained + thing.correlation)
 
     def look(self, thing, scores):
@@ -166,9 +170,9 @@ class Search:
         windows = windows_of(self.planes, size, rows, columns)
         ground = windows_of(self.ground, size, rows, columns)
         sprites = bank((thing,), tuple(range(len(POSES))), 2)
-        explained, correlation = fit(windows, ground, sprites)
-        best = (explained + correlation).argmax()
-        place, pose = np.unravel_index(best, explained.shape)
+        gain, explained, correlation = fit(windows, ground, sprites)
+        best = gain.argmax()
+        place, pose = np.unravel_index(best, gain.shape)
         y, x = rows[place // len(near)], columns[place % len(near)]
         return Found(thing, int(2 * x + REACH - PAD), int(2 * y + REACH - PAD), POSES[pose][0],
                      float(correlation.flat[best]), float(explained.flat[best]))
@@ -199,9 +203,9 @@ DRAWN = 48                # drawings of each card, for its mean and deviation
 def card_models():
     """(cards, 3, 32, 32) means and variances of drawn cards."""
     means, variances = [], []
-    for number, card in enumerate(data.CARDS):
+    for number, card in enumerate(world.CARDS):
         rng = np.random.default_rng(number)
-        drawn = np.stack([shrink(data.draw_card(card, rng), 4) for _ in range(DRAWN)])
+        drawn = np.stack([shrink(painting.draw_card(card, rng), 4) for _ in range(DRAWN)])
         means.append(drawn.mean(0))
         variances.append(drawn.var(0) + 14.0 ** 2)
     return np.stack(means), np.stack(variances)
@@ -210,10 +214,10 @@ def card_models():
 def free_cells(found, place):
     """Which of 32 x 32 cells show neither word nor thing."""
     free = np.ones((CELLS, CELLS), bool)
-    row = data.WORD_ROW[place]
+    row = world.WORD_ROW[place]
     free[max((row - 29) // 4, 0):(row + 29) // 4 + 1, 1:-1] = False
     for thing in found:
-        reach = data.PIXELS[thing.size] * 0.62
+        reach = world.PIXELS[thing.size] * 0.62
         top, left = max(int((thing.y - reach) / 4), 0), max(int((thing.x - reach) / 4), 0)
         free[top:int((thing.y + reach) / 4) + 1, left:int((thing.x + reach) / 4) + 1] = False
     return free
@@ -226,14 +230,14 @@ def find_card(planes, free):
     squares = np.minimum(squares, 16)                       # one strange cell decides nothing
     fits = (squares + np.log(variances))[..., free].mean((1, 2))
     best = int(fits.argmin())
-    return data.CARDS[best] if squares[best][:, free].mean() < MAX_CARD else None
+    return world.CARDS[best] if squares[best][:, free].mean() < MAX_CARD else None
 
 
 # --- Words --------------------------------------------------------------------------------------
 
 BAND = 36                 # half of the rows that are searched for the word
-LAYOUTS = [("latin", n) for n in data.LATIN_BOX] + [("hanzi", n) for n in data.HANZI_BOX]
-ALPHABETS = {"latin": data.LETTERS + data.DIGITS, "hanzi": data.HANZI}
+LAYOUTS = [("latin", n) for n in world.LATIN_BOX] + [("hanzi", n) for n in world.HANZI_BOX]
+ALPHABETS = {"latin": world.LETTERS + world.DIGITS, "hanzi": world.HANZI}
 INK_RANGE = 140.0         # RGB distance from an ink at which a pixel counts as none of it
 
 
@@ -248,12 +252,12 @@ class Glyphs(NamedTuple):
 @functools.cache
 def layout_of(script, length):
     word = ALPHABETS[script][0] * length
-    columns, width, _ = data.layout(word)
-    height = data.glyph(word[0], data.FONTS[0], *data.layout(word)[1:]).shape[0]
-    room = max((data.SIDE - data.word_width(word)) // 2 - 4, 0)
-    wide = round(data.HANZI_BOX[length][1] * 1.04) if script == "hanzi" else width
+    columns, width, _ = painting.layout(word)
+    height = painting.glyph(word[0], world.FONTS[0], *painting.layout(word)[1:]).shape[0]
+    room = max((world.SIDE - painting.word_width(word)) // 2 - 4, 0)
+    wide = round(world.HANZI_BOX[length][1] * 1.04) if script == "hanzi" else width
     return Glyphs(np.array(columns), (height + 3) // 4 * 4, (wide + 5) // 4 * 4,
-                  min(room, data.JITTER["word"][0]) + 2)
+                  min(room, world.JITTER["word"][0]) + 2)
 
 
 @functools.cache
@@ -262,16 +266,16 @@ def glyph_bank(script, length, factor):
     layout = layout_of(script, length)
     word = ALPHABETS[script][0] * length
     rows = []
-    for font in data.FONTS:
+    for font in world.FONTS:
         for character in ALPHABETS[script]:
-            mask = data.glyph(character, font, *data.layout(word)[1:])
+            mask = painting.glyph(character, font, *painting.layout(word)[1:])
             window = np.zeros((layout.height, layout.width), np.float32)
-            # As data.paste places it: the center is pixel n // 2.
+            # As painting.paste places it: the center is pixel n // 2.
             top = layout.height // 2 - mask.shape[0] // 2
             left = layout.width // 2 - mask.shape[1] // 2
             window[top:top + mask.shape[0], left:left + mask.shape[1]] = mask
             rows.append(shrink(window, factor).ravel())
-    return normalized(np.stack(rows)).reshape(len(data.FONTS), len(ALPHABETS[script]), -1)
+    return normalized(np.stack(rows)).reshape(len(world.FONTS), len(ALPHABETS[script]), -1)
 
 
 def normalized(rows, floor=0.0):
@@ -309,7 +313,7 @@ def match(ink, script, length, places, factor):
     fits = windows @ glyphs.reshape(-1, glyphs.shape[-1]).T
     fits = fits.reshape(len(places), length, *glyphs.shape[:2])            # (n, L, fonts, alphabet)
     best = fits.max(-1)
-    for font in range(len(data.FONTS)):
+    for font in range(len(world.FONTS)):
         place = int(best[..., font].mean(1).argmax())
         yield (float(best[place, :, font].mean()), places[place],
                fits[place, :, font].argmax(-1), best[place, :, font])
@@ -327,30 +331,31 @@ MARGIN = 16               # of an ink map on every side, so that windows fit
 
 def ink_maps(planes, place):
     """How much each pixel of the word's band is of each ink: the three maps of most contrast."""
-    row = data.WORD_ROW[place]
-    rows = np.clip(np.arange(row - BAND, row + BAND), 0, data.SIDE - 1)
+    row = world.WORD_ROW[place]
+    rows = np.clip(np.arange(row - BAND, row + BAND), 0, world.SIDE - 1)
     band = planes[:, rows]
     maps = []
-    for color in data.INKS.values():
-        distance = np.sqrt(((band - data.planes(color)) ** 2).sum(0))
+    for color in world.INKS.values():
+        distance = np.sqrt(((band - painting.planes(color)) ** 2).sum(0))
         maps.append((1 - distance / INK_RANGE).clip(0, 1))
     maps = sorted(maps, key=np.var, reverse=True)[:3]
-    maps = [ink for ink in maps if ink.var() > 0.3 * maps[0].var()]
+    maps = [ink for ink in maps if ink.var() >= 0.3 * maps[0].var()]
     return [np.pad(ink, ((0, 0), (MARGIN, MARGIN))) for ink in maps]
 
 
 def whole_fit(ink, word, font, y, x):
-    """Correlation of the whole band with the word drawn at (y, x): what else is there counts too."""
-    drawn = np.zeros((1, data.SIDE, data.SIDE), np.float32)
-    data.paste(drawn, y + data.SIDE // 2 - BAND, x, data.word_mask(word, font, data.glyph), [1.0])
-    drawn = drawn[0, data.SIDE // 2 - BAND:data.SIDE // 2 + BAND]
+    """Correlation of the whole band with the word drawn at (y, x): what else is there counts."""
+    drawn = np.zeros((1, world.SIDE, world.SIDE), np.float32)
+    mask = painting.word_mask(word, font, painting.glyph)
+    painting.paste(drawn, y + world.SIDE // 2 - BAND, x, mask, [1.0])
+    drawn = drawn[0, world.SIDE // 2 - BAND:world.SIDE // 2 + BAND]
     pair = normalized(np.stack((drawn.ravel(), ink[:, MARGIN:-MARGIN].ravel())), 0.02)
     return float(pair[0] @ pair[1])
 
 
 def find_word(planes, place):
     """The word above or below -> Reading, its place in pixels of the picture."""
-    candidates, center = [], np.array((BAND, data.SIDE // 2 + MARGIN))
+    candidates, center = [], np.array((BAND, world.SIDE // 2 + MARGIN))
     for ink in ink_maps(planes, place):
         half = shrink(ink, 2)
         for script, length in LAYOUTS:
@@ -360,7 +365,7 @@ def find_word(planes, place):
     candidates.sort(key=lambda candidate: candidate[0], reverse=True)
     readings = [look_closely(*candidate[1:]) for candidate in candidates[:4]]
     best = max(readings)
-    return best._replace(x=best.x - MARGIN, y=best.y - BAND + data.WORD_ROW[place])
+    return best._replace(x=best.x - MARGIN, y=best.y - BAND + world.WORD_ROW[place])
 
 
 def look_closely(script, length, font, where, ink):
@@ -368,20 +373,20 @@ def look_closely(script, length, font, where, ink):
     matches = list(match(ink, script, length, np.array(where) + shifts(2, 2, 1), 1))
     _, (y, x), indices, fits = matches[font]
     word = "".join(ALPHABETS[script][i] for i in indices)
-    fit = whole_fit(ink, word, data.FONTS[font], int(y), int(x) - MARGIN)
-    return Reading(fit, word, data.FONTS[font], int(x), int(y), tuple(float(f) for f in fits))
+    fit = whole_fit(ink, word, world.FONTS[font], int(y), int(x) - MARGIN)
+    return Reading(fit, word, world.FONTS[font], int(x), int(y), tuple(float(f) for f in fits))
 
 
 def find_ink(planes, reading):
     """The ink nearest to the mean color of what is written, or None."""
-    mask = np.zeros((1, data.SIDE, data.SIDE), np.float32)
-    data.paste(mask, reading.y, reading.x,
-               data.word_mask(reading.word, reading.font, data.glyph), [1.0])
+    mask = np.zeros((1, world.SIDE, world.SIDE), np.float32)
+    painting.paste(mask, reading.y, reading.x,
+               painting.word_mask(reading.word, reading.font, painting.glyph), [1.0])
     inside = mask[0] > 0.97
     if not inside.any():
         return None
     color = np.median(planes[:, inside], 1)
-    distances = {name: np.linalg.norm(color - ink) for name, ink in data.INKS.items()}
+    distances = {name: np.linalg.norm(color - ink) for name, ink in world.INKS.items()}
     best = min(distances, key=distances.get)
     return best if distances[best] < MAX_INK else None
 
@@ -399,16 +404,16 @@ def read(image):
     planes = np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1))
     found = find_things(planes)
     if found:
-        place = "above" if found[0].y > data.SIDE / 2 else "below"
+        place = "above" if found[0].y > world.SIDE / 2 else "below"
         reading = find_word(planes, place)
     else:
-        readings = {place: find_word(planes, place) for place in data.PLACES}
+        readings = {place: find_word(planes, place) for place in world.PLACES}
         place = max(readings, key=lambda name: readings[name].fit)
         reading = readings[place]
     word = "".join(character if fit >= MIN_GLYPH else "?"
                    for character, fit in zip(reading.word, reading.correlations, strict=True))
     legible = word.count("?") < len(word)
-    values = dict.fromkeys(data.ATTRIBUTES) | {
+    values = dict.fromkeys(world.ATTRIBUTES) | {
         "card": find_card(planes, free_cells(found, place)), "word": word,
         "ink": find_ink(planes, reading) if legible else None,
         "place": place if found or legible else None,
@@ -418,7 +423,8 @@ def read(image):
         first = found[0]
         values |= {"thing": first.thing, "size": first.size, "x": first.x, "y": first.y}
     if len(found) == 1:
-        values["side"] = min(data.SIDE_COLUMN, key=lambda side: abs(data.SIDE_COLUMN[side] - first.x))
+        distances = {side: abs(x - first.x) for side, x in world.SIDE_COLUMN.items()}
+        values["side"] = min(distances, key=distances.get)
     if len(found) == 2:
         values["second"] = found[1].thing
     return values
@@ -426,8 +432,8 @@ def read(image):
 
 def warm_up():
     """Makes the tables that all pictures share."""
-    read(data.draw(data.random_scene(np.random.default_rng(0))))
-    for thing in data.THINGS:
+    read(np.zeros((world.SIDE, world.SIDE, 3), np.uint8))
+    for thing in world.THINGS:
         bank((thing,), tuple(range(len(POSES))), 2)
 
 
