@@ -1,6 +1,6 @@
 """Trains the model of this folder from nothing: first the VAE, then text encoder and DiT.
 
-    python tutorials/cards/train.py --out runs/cards --workers 2       3 hours on 2 CPU cores
+    python tutorials/cards/train.py --out runs/cards --workers 2       two and a half hours on 2 CPU cores
     python tutorials/cards/train.py --out runs/cards --device cuda     8 minutes on one H100
     python tutorials/cards/train.py --out runs/smoke --smoke           every stage, in a minute
 
@@ -77,7 +77,7 @@ class Recipe:
     # VAE
     vae_drawings: int = 8192      # the first ones
     vae_tests: int = 64           # others, to measure the reconstruction
-    vae_minutes: float = 40.0
+    vae_minutes: float = 30.0
     vae_steps: int = 0            # if above 0, so many steps in place of a time
     vae_muon_lr: float = 8e-3     # kernels and matrices
     vae_adam_lr: float = 2e-3     # biases and norms
@@ -86,7 +86,7 @@ class Recipe:
                                   # as many: fine detail is what is hard to learn
     kl_weight: float = 5e-3       # high for a VAE: latents that bear noise are easier to sample
     # Teacher
-    minutes: float = 140.0
+    minutes: float = 115.0
     steps: int = 0                # if above 0, so many steps in place of a time
     batch: int = 64               # over all workers
     muon_lr: float = 8e-3         # matrices inside blocks
@@ -114,7 +114,8 @@ class Recipe:
 
 
 GPU = dict(drawings=160_000, vae_drawings=16384, vae_minutes=1.4, vae_batch=32, vae_crops=0.0,
-           minutes=5.2, batch=512, ema=0.999, compile=True, log_every=200, save_minutes=1.0)
+           minutes=5.2, batch=512, ema=0.999, compile=True, report_prompts=200, log_every=200,
+           save_minutes=1.0)
 SMOKE = dict(drawings=64, captions=2, vae_drawings=64, vae_tests=2, vae_steps=6, vae_batch=2,
              steps=6, batch=8, dim=32, layers=1, long_every=2, sample_steps=2, probe_prompts=4,
              report_prompts=4, log_every=2)
