@@ -1,8 +1,8 @@
 """Trains the model of this folder from nothing: first the VAE, then text encoder and DiT.
 
-    python tutorials/cards/train.py --out runs/cards --workers 2       two and a half hours on 2 CPU cores
-    python tutorials/cards/train.py --out runs/cards --device cuda     8 minutes on one H100
-    python tutorials/cards/train.py --out runs/smoke --smoke           every stage, in a minute
+    python tutorials/cards/train.py --out runs/cards --workers 2     2 1/2 hours on 2 CPU cores
+    python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on one H100
+    python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a tenth as many numbers.
