@@ -479,8 +479,8 @@ def save_pipeline(  # noqa: PLR0913
     """Writes three modules and a tokenizers.Tokenizer in our layout, over an older one in `path`.
 
     dtype: of DiT and text encoder (None: their own; the VAE always keeps its own). steps, guidance,
-    size (pixels): what the model is meant to be sampled with. more: trained_steps, the only number
-    of steps that a distilled student knows.
+    size (pixels): what the model is meant to be sampled with. more: trained_steps, the number of
+    steps (or a list of them) that a student was distilled for.
     """
     networks = {"text_encoder": text_encoder, "dit": dit, "vae": vae}
     settings = {"shift": shift, "steps": steps, "guidance": guidance, "size": size, **more}

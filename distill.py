@@ -1,634 +1,1046 @@
-"""Decoupled DMD: turns a many-step teacher into a few-step student. It needs the teacher and prompts, no images.
+"""Decoupled DMD: distils a many-step teacher into a few-step student, from prompts alone.
 
-    python distill.py                                                    the bundled teacher -> a student, on a laptop
-    python distill.py --teacher DIR --prompts FILE --steps 4 --out DIR   any other teacher
+    python distill.py                                            the bundled teacher, on a laptop
+    python distill.py --teacher DIR --prompts FILE --out DIR     any other teacher
 
-Source: "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield", arXiv 2511.22677.
-Three networks, each a callable (x, t, text) -> v as in the box at the top of model.py:
+"Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield" (2511.22677).
+Three networks, each a callable (x, t, text) -> v as in model.py. All start as the same weights:
 
-    teacher   frozen; knows where the data is
-    student   G, the few-step generator; starts as a copy of the teacher
-    fake      starts as a copy of the teacher too, then keeps learning where the student's outputs are
+    teacher   frozen; knows the data        student   G, the few-step generator
+    fake      keeps learning the student's outputs
 
-The student's output x = G(z_t) is re-noised to a time tau, and the estimates x_hat of the data made from there say where
-to push it. The push has two terms, each with its own tau and noise (Eq. 6 and 8, in data space):
+The student's output x = G(z_t) is re-noised to a time tau. The estimates x_hat of the data from
+there say where to push x. The push has two terms, each with its own tau and noise (Eq. 6, 8):
 
-    Delta    = Delta_DM + Delta_CA
-    Delta_DM = x_hat(teacher, tau_dm, text) - x_hat(fake, tau_dm, text)                       the shield: distribution matching
-    Delta_CA = (alpha - 1) (x_hat(teacher, tau_ca, text) - x_hat(teacher, tau_ca, no text))   the spear: CFG augmentation
+    Delta_DM = x_hat(teacher, tau_dm, text) - x_hat(fake, tau_dm, text)                 the shield
+    Delta_CA = (alpha - 1) (x_hat(teacher, tau_ca, text) - x_hat(teacher, tau_ca, ""))  the spear
 
-alpha is the paper's guidance scale; the guidance of sampler.py and of the official pipeline is alpha - 1.
-Scores are the same thing in other units: score = (tau x_hat - x_tau) / (1 - tau)^2.
-
-Shapes: x, noise (B, ...), any number of dimensions; times (B,); text a model.Text, or for toys a tensor (B, ...).
+Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
+  - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
+  - It learns on the images made before the student's update; the paper makes new ones each time.
+  - z_t comes from the Euler steps of sampler.py. The paper leaves open how z_t is made.
+  - Each term is divided by mean |x - x_hat(teacher, text)| of its item, and the loss weight
+    lambda is 1. The paper names no normalizer and no lambda.
 """
 
-import argparse
-import copy
 import json
 import math
 import os
-import pickle
-import re
-import shlex
+import random
 import shutil
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
-from convert_weights import UserError, read_json, run_command, save_pipeline
-from model import Text, has_bfloat16_products
-from sampler import (check_size, encode_prompts, explained, generate, keep_freed_memory, load_pipeline, pick_device, prepare_image, read_image, read_prompts,
-                     sample, time_schedule)
+import convert_weights
+import sampler
+from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
+from model import DiT, Text
+from sampler import encode_prompts, sample, time_schedule
 
-# --- The two terms ------------------------------------------------------------------------------------------
+# --- The two terms --------------------------------------------------------------------------------
 
 
-def over(t, x):
-    """(B,) -> (B, 1, ..., 1), to multiply x item by item."""
+def per_item(t, x):
+    """(B,) -> (B, 1, ..., 1), to multiply x (B, ...) item by item."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def renoise(x, t, noise):
-    """Data x at time t: t x + (1 - t) noise."""
-    return over(t, x) * x + (1 - over(t, x)) * noise
+    """Data x at time t: x_t = t x + (1 - t) noise."""
+    return per_item(t, x) * x + (1 - per_item(t, x)) * noise
 
 
-def data_estimate(net, x, t, text):
-    """Where the net takes x at time t to come from: x_hat = x + (1 - t) v."""
-    return x + (1 - over(t, x)) * net(x, t, text)
+def data_estimate(net, x_t, t, text):
+    """The net's estimate of the clean data behind x_t at time t: x_hat = x_t + (1 - t) v."""
+    return x_t + (1 - per_item(t, x_t)) * net(x_t, t, text)
 
 
-def normalised(delta, x, estimate, floor=0.05):
-    """Each item of delta in units of mean |x - estimate|: differences of estimates shrink as tau goes to 1, and so do these."""
-    return delta / over((x - estimate).abs().flatten(1).mean(1).clamp(min=floor), x)
+def normalized(delta, x, x_hat, floor=0.05):
+    """Delta over mean |x - x_hat| of its item (Eq. 8 of DMD): both shrink as tau goes to 1."""
+    return delta / per_item((x - x_hat).abs().flatten(1).mean(1).clamp(min=floor), x)
 
 
 @torch.no_grad()
-def distribution_matching(teacher, fake, x, t, text, noise, normalise=True):
-    """The shield, Delta_DM (B, ...): from where the student's outputs are to where the data is (Eq. 6, first term).
+def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
+    """Delta_DM (B, ...), the shield: from the student's distribution to the data's (Eq. 6).
 
-    x: the student's outputs; t: tau_dm; normalise False: the bare difference of estimates. No gradient.
+    x: the student's outputs; t: tau_dm (B,); normalize=False: the bare difference. No gradient.
     """
     x_t = renoise(x, t, noise)
-    real, imitated = data_estimate(teacher, x_t, t, text), data_estimate(fake, x_t, t, text)
-    return normalised(real - imitated, x, real) if normalise else real - imitated
+    x_hat_real = data_estimate(teacher, x_t, t, text)
+    delta = x_hat_real - data_estimate(fake, x_t, t, text)
+    return normalized(delta, x, x_hat_real) if normalize else delta
 
 
 @torch.no_grad()
-def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalise=True):
-    """The spear, Delta_CA (B, ...): along what the text changes in the teacher's estimate (Eq. 6, second term).
+def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=True):
+    """Delta_CA (B, ...), the spear: what the text changes in the teacher's estimate (Eq. 6).
 
-    t: tau_ca; null_text: the empty prompt, of batch 1 or B; alpha 1: exactly 0. The fake has no part in it. No gradient.
+    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B; alpha 1 gives 0. No gradient.
     """
     x_t = renoise(x, t, noise)
-    cond, uncond = data_estimate(teacher, torch.cat((x_t, x_t)), torch.cat((t, t)), join(text, null_text, batch=len(x))).chunk(2)
-    delta = (alpha - 1) * (cond - uncond)
-    return normalised(delta, x, cond) if normalise else delta
-
-
-@torch.no_grad()
-def shared_call(teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca):
-    """The teacher's three passes for both terms in one call -> two nets that know the answers, one for each term, which must
-    then be given this very x, tau and noise."""
-    x_dm, x_ca = renoise(x, tau_dm, noise_dm), renoise(x, tau_ca, noise_ca)
-    v = teacher(torch.cat((x_dm, x_ca, x_ca)), torch.cat((tau_dm, tau_ca, tau_ca)), join(text, text, null_text, batch=len(x)))
-    return lambda *_: v[:len(x)], lambda *_: v[len(x):]
+    cond = data_estimate(teacher, x_t, t, text)
+    delta = (alpha - 1) * (cond - data_estimate(teacher, x_t, t, null_text))
+    return normalized(delta, x, cond) if normalize else delta
 
 
 def proxy_loss(x, delta):
-    """A number whose gradient with respect to x is -delta / x.numel(): 1/2 mean |x - stop_grad(x + delta)|^2."""
+    """1/2 mean |x - stop_grad(x + delta)|^2; its gradient with respect to x: -delta / x.numel()."""
     return 0.5 * (x - (x + delta).detach()).square().mean()
 
 
 def fake_loss(fake, x, t, text, noise):
-    """Flow matching on the student's outputs, so that the fake comes to know them as the teacher knows data. No gradient to x."""
-    x = x.detach()
-    return F.mse_loss(fake(renoise(x, t, noise), t, text), x - noise)
+    """Flow matching on the student's outputs x: mean |v - (x - noise)|^2. No gradient to x."""
+    return F.mse_loss(fake(renoise(x.detach(), t, noise), t, text), x.detach() - noise)
 
 
-# --- Times, and what the student is given ---------------------------------------------------------------------
+# --- Times, and what the student is given ---------------------------------------------------------
 
 
 def shift_time(u, shift):
-    """sampler.time_schedule's shift for any time u: towards noise where shift > 1, with 0 and 1 kept. 1 / shift undoes it."""
+    """The shift of sampler.time_schedule for any times u. Shift 1 / s undoes shift s."""
     return u / (u + shift * (1 - u))
 
 
-SCHEDULES = {                                 # (lowest tau_dm, lowest tau_ca): 0, or "t", that of the student's step
-    "coupled": (0, 0), "full": (0, 0), "constrained": ("t", "t"), "hybrid": (0, "t")}
+# Lowest tau_dm and tau_ca in units of the student's time t. "coupled" is DMD: one tau for both.
+SCHEDULES = {"coupled": (0, 0), "full": (0, 0), "constrained": (1, 1), "hybrid": (0, 1)}
 
 
 def sample_tau(schedule, t, shift=1.0, generator=None):
-    """-> (tau_dm, tau_ca), (B,) each, for students' steps at times t. Uniform before the shift, which then is applied.
+    """Re-noising times (tau_dm, tau_ca), (B,) each, for the student's times t (Sec. 4.3).
 
-    coupled: one tau for both in [0, 1], the original DMD; full: each its own in [0, 1]; constrained: each its own in [t, 1];
-    hybrid, the paper's: tau_ca in [t, 1], where what the student still has to make is; tau_dm in [0, 1].
+    Each is uniform from its lowest value to 1 before the shift, which is applied afterwards.
     """
     draws = torch.rand(2, len(t), generator=generator, dtype=t.dtype).to(t.device)
     if schedule == "coupled":
         draws[1] = draws[0]
-    taus = []
-    for lowest, draw in zip(SCHEDULES[schedule], draws):
-        low = t if lowest == "t" else torch.zeros_like(t)
-        start = shift_time(low, 1 / shift)
-        taus.append(shift_time(start + (1 - start) * draw, shift).maximum(low))     # rounding could end just below
-    return taus
+    low = torch.tensor(SCHEDULES[schedule], dtype=t.dtype, device=t.device)[:, None] * t    # (2, B)
+    start = shift_time(low, 1 / shift)
+    tau = shift_time(start + (1 - start) * draws, shift)
+    return tau.maximum(low).unbind()                       # rounding could end just below `low`
 
 
 def backward_simulation(student, noise, text, times, step):
-    """-> (x, t): the student's output x = G(z_t) at t = times[step]; z_t is where sampler.sample takes it by then. Gradient: last call only."""
+    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,).
+
+    z_t is where sampler.sample takes the noise by then. Gradient: through the last call only.
+    """
     z = sample(student, noise, text, times[:step + 1])
     t = times[step].to(noise).expand(len(noise))
     return data_estimate(student, z, t, text), t
 
 
-# --- One training iteration (Algorithm 1) ---------------------------------------------------------------------
-
-
-def training_step(players, text, null_text, noise, settings, generator=None, train_student=True):
-    """One update of the student from `noise` (B, ...), then those of fake or discriminator -> {name: number} for the log.
-
-    train_student False: the others only learn what the student makes now. Every draw is made on the CPU by `generator`.
-    The fake learns at the times at which DM asks it; the paper has U(0, 1) for it, the same for all schedules but "constrained".
-    """
-    p, s, times = players, settings, time_schedule(settings.steps, settings.shift)
-    fresh = lambda: torch.randn(noise.shape, generator=generator, dtype=noise.dtype).to(noise.device)
-    any_time = lambda: shift_time(torch.rand(len(noise), generator=generator, dtype=noise.dtype), s.shift).to(noise.device)
-
-    with torch.set_grad_enabled(train_student):
-        x, t = backward_simulation(p.student, noise, text, times, step=int(torch.randint(s.steps, (), generator=generator)))
-    figures = {"x_mean": x.mean(), "x_std": x.std()}
-
-    if train_student:
-        tau_dm, tau_ca = sample_tau(s.schedule, t, s.shift, generator)
-        noise_dm = fresh()
-        noise_ca = noise_dm if s.schedule == "coupled" else fresh()
-        dm, ca = torch.zeros_like(x), torch.zeros_like(x)
-        for_dm = for_ca = p.teacher
-        if s.shield == "dm" and s.alpha != 1:
-            for_dm, for_ca = shared_call(p.teacher, x, tau_dm, tau_ca, text, null_text, noise_dm, noise_ca)
-        if s.shield == "dm":
-            dm = distribution_matching(for_dm, p.fake, x, tau_dm, text, noise_dm, s.normalise)
-        if s.alpha != 1:
-            ca = cfg_augmentation(for_ca, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalise)
-        loss = proxy_loss(x, dm + ca)
-        if s.shield == "meanvar":
-            loss = loss + s.weight() * mean_variance_kl(x, *p.real_statistics)
-        if s.shield == "gan":
-            loss = loss + s.weight() * generator_loss(p.discriminator, x, any_time(), null_text, fresh())
-        update(loss, p.student_optimizer, s.clip)
-        figures |= {"loss": loss, "dm_rms": dm.square().mean().sqrt(), "ca_rms": ca.square().mean().sqrt(),
-                    "cosine": F.cosine_similarity(dm.flatten(), ca.flatten(), dim=0)}
-
-    for _ in range(s.fake_updates):
-        if p.fake is not None:
-            tau, _ = sample_tau(s.schedule, t, s.shift, generator)              # where DM will ask it
-            figures["fake_loss"] = fake_loss(p.fake, x, tau, text, fresh())
-            update(figures["fake_loss"], p.fake_optimizer, s.clip)
-        if p.discriminator is not None:
-            real = p.real[torch.randint(len(p.real), (len(x),), generator=generator)]
-            figures["discriminator_loss"] = discriminator_loss(p.discriminator, x, real, any_time(), null_text, fresh(), generator, s.r1)
-            update(figures["discriminator_loss"], p.discriminator_optimizer, s.clip)
-    return {name: value.item() for name, value in figures.items()}
-
-
-# --- What an iteration is given, and its small parts --------------------------------------------------------
+# --- One iteration: Algorithm 1 -------------------------------------------------------------------
 
 
 @dataclass
 class Settings:
-    """What one iteration depends on."""
-    steps: int = 4               # of the student
+    """Numbers and choices of one iteration."""
+    steps: int = 4               # of the student's schedule
     alpha: float = 2.0           # guidance scale of the spear; 1 is none
-    shield: str = "dm"           # dm, meanvar, gan or none
-    shield_weight: float | None = None   # of meanvar and gan; None: SHIELD_WEIGHT
-    r1: float = 0.01             # gradient penalty of the discriminator; with 1 it stayed at chance here
-    schedule: str = "hybrid"     # where to re-noise: a key of SCHEDULES
-    shift: float = 3.0           # of the student's schedule and of every tau
-    normalise: bool = True       # each term per item, or raw
-    fake_updates: int = 2        # or the discriminator's, for one update of the student
+    schedule: str = "hybrid"     # of the re-noising times, a key of SCHEDULES
+    fake_schedule: str = "full"  # of the fake's own times: U(0, 1), as in the paper
+    shift: float = 3.0           # of the student's times and of every re-noising time
+    normalize: bool = True       # each term by its size
+    fake_updates: int = 2        # for one update of the student
     clip: float = 1.0            # largest norm of a gradient
 
-    def weight(self):
-        return SHIELD_WEIGHT[self.shield] if self.shield_weight is None else self.shield_weight
+
+def training_step(nets, text, null_text, noise, settings, generator=None):
+    """One iteration: an update of the student from `noise` (B, ...), then those of the fake.
+
+    nets: Nets, below. `generator` makes all draws. -> metrics {name: number}
+    """
+    s = settings
+    times = time_schedule(s.steps, s.shift)
+    step = int(torch.randint(s.steps, (), generator=generator))
+    x, t = backward_simulation(nets.student, noise, text, times, step)
+
+    tau_dm, tau_ca = sample_tau(s.schedule, t, s.shift, generator)
+    noise_dm = normal_like(x, generator)
+    noise_ca = noise_dm if s.schedule == "coupled" else normal_like(x, generator)
+    dm = nets.dm(nets.teacher, nets.fake, x, tau_dm, text, noise_dm, s.normalize)
+    ca = nets.ca(nets.teacher, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalize)
+    loss = proxy_loss(x, dm + ca) + nets.shield.loss(x)
+    update(loss, nets.student_optimizer, s.clip)
+
+    nets.shield.update(x.detach())
+    losses = train_fake(nets, x, t, text, s, generator)
+    return {"loss": loss.item(), **losses, **term_metrics(x, dm, ca)}
 
 
-SHIELD_WEIGHT = {"dm": 1.0, "meanvar": 2.0, "gan": 0.3, "none": 0.0}
+def train_fake(nets, x, t, text, settings, generator=None):
+    """The fake's updates of one iteration on the student's outputs x -> {"fake_loss": the last}."""
+    losses = {}
+    for _ in range(settings.fake_updates):
+        tau, _ = sample_tau(settings.fake_schedule, t, settings.shift, generator)
+        loss = nets.fake_loss(nets.fake, x, tau, text, normal_like(x, generator))
+        update(loss, nets.fake_optimizer, settings.clip)
+        losses["fake_loss"] = loss.item()
+    return losses
+
+
+# --- The parts of an iteration --------------------------------------------------------------------
+
+
+class NoShield:
+    """A regularizer of the student beside DM: none. tutorials/shields.py has two."""
+
+    def loss(self, x):
+        return 0.0
+
+    def update(self, x):
+        pass
 
 
 @dataclass
-class Players:
-    """Who takes part: networks, each that learns with its optimizer, and what the two other shields know of real data."""
+class Nets:
+    """The networks, their optimizers, and the functions that an ablation replaces."""
     teacher: Callable
     student: Callable
+    fake: Callable
     student_optimizer: torch.optim.Optimizer
-    fake: Callable | None = None
-    fake_optimizer: torch.optim.Optimizer | None = None
-    discriminator: Callable | None = None
-    discriminator_optimizer: torch.optim.Optimizer | None = None
-    real: Tensor | None = None   # (M, ...) real data, for meanvar and gan
+    fake_optimizer: torch.optim.Optimizer
+    dm: Callable = distribution_matching
+    ca: Callable = cfg_augmentation
+    fake_loss: Callable = fake_loss
+    shield: NoShield = field(default_factory=NoShield)
 
-    def __post_init__(self):
-        if self.real is not None:             # mean, and variance inside an item
-            self.real_statistics = self.real.mean(), self.real.flatten(1).var(1, correction=0).mean()
+
+def no_dm(teacher, fake, x, *_):
+    """In place of distribution_matching: the spear alone."""
+    return torch.zeros_like(x)
+
+
+def normal_like(x, generator=None):
+    """Gaussian noise like x, drawn on the CPU: a seed gives the same noise on every device."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
 
 def update(loss, optimizer, clip):
-    """One step of an optimizer. FloatingPointError, and no step, where the loss or its gradient is not finite."""
-    optimizer.zero_grad()                     # first: a student's loss leaves gradient in the discriminator it went through
+    """One optimizer step. FloatingPointError, and no step, if the gradient is not finite."""
+    optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    if not (loss + norm).isfinite():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not math.isfinite(norm):
         raise FloatingPointError("a loss or its gradient is not finite")
     optimizer.step()
 
 
-def join(*texts, batch):
-    """Texts one after the other in one batch, each stretched to `batch` where it is of batch 1."""
-    if not isinstance(texts[0], Text):
-        return torch.cat([text.expand(batch, *text.shape[1:]) for text in texts])
-    longest = max(text.features.shape[1] for text in texts)
-    features = [F.pad(text.features, (0, 0, 0, longest - text.features.shape[1])).expand(batch, -1, -1) for text in texts]
-    return Text(torch.cat(features), torch.cat([text.lengths.expand(batch) for text in texts]))
+@torch.no_grad()
+def term_metrics(x, dm, ca):
+    """The spread of the outputs, and the size and the angle of the two terms."""
+    return {"x_mean": x.mean().item(), "x_std": x.std().item(),
+            "dm_rms": dm.square().mean().sqrt().item(), "ca_rms": ca.square().mean().sqrt().item(),
+            "cosine": F.cosine_similarity(dm.flatten(), ca.flatten(), dim=0).item()}
 
 
-# --- Other shields: the paper's point is that the spear needs one, not this one -----------------------------
+def warm_up(nets, text, noise, settings, generator=None):
+    """The fake's updates of one iteration without an update of the student."""
+    times = time_schedule(settings.steps, settings.shift)
+    step = int(torch.randint(settings.steps, (), generator=generator))
+    with torch.no_grad():
+        x, t = backward_simulation(nets.student, noise, text, times, step)
+    return train_fake(nets, x, t, text, settings, generator)
 
 
-def mean_variance_kl(x, mean, var):
-    """KL of each item's numbers, taken as one Gaussian, from N(mean, var), averaged over items (Eq. 7): 0 at the target.
+# --- Optional: applied to built networks from outside ---------------------------------------------
+#
+# Number format, less memory, low-rank adapters, several processes. training_step knows none of it.
 
-    mean, var: numbers, those of real items on average.
+
+class AutocastNet:
+    """(x, t, text) -> v of a network with matrix products in `dtype`; counts the items that pass.
+
+    With parts > 1 a batch goes through in so many pieces, each computed again in the backward
+    pass. Memory is then that of one piece, and the gradient is that of the whole batch.
     """
-    x = x.flatten(1)
-    mu, sigma2 = x.mean(1), x.var(1, correction=0).clamp(min=1e-6)              # (B,)
-    return 0.5 * ((sigma2 + (mu - mean) ** 2) / var - 1 - (sigma2 / var).log()).mean()
+
+    def __init__(self, net, device, dtype, parts=1):
+        self.net, self.parts = net, parts
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
+        self.forwards = self.backwards = 0
+
+    def __call__(self, x, t, text):
+        self.forwards += len(x)
+        self.backwards += len(x) * torch.is_grad_enabled()
+        call, texts = self.net, [text] * self.parts
+        if len(text.lengths) > 1:
+            texts = map(Text, *(tensor.chunk(self.parts) for tensor in text))
+        if torch.is_grad_enabled() and self.parts > 1:
+            call = partial(checkpoint, self.net, use_reentrant=True)
+            x = x.detach().requires_grad_()    # a reentrant checkpoint needs an input with gradient
+        with self.autocast():
+            return torch.cat([*map(call, x.chunk(self.parts), t.chunk(self.parts), texts)])
 
 
-class Discriminator(nn.Module):
-    """Whether noised x is real, from what another net sees in it: features (B, S, width) -> logits (B,).
+def blocks_of(dit):
+    return [*dit.noise_refiner, *dit.context_refiner, *dit.layers]
 
-    `features` is a callable (x, t, text) -> (B, S, width) of a frozen net (model.DiT.features); it sees every x with the
-    empty prompt, because the real pictures come without prompts.
+
+def checkpoint_activations(dit, contexts=noop_context_fn):
+    """Keeps only the inputs of blocks for the backward pass, which computes the rest again."""
+    for block in blocks_of(dit):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def plain_dit(config, state):
+    """A frozen DiT with these tensors."""
+    with torch.device("meta"):
+        dit = DiT(config)
+    dit.load_state_dict(state, assign=True)
+    return dit.requires_grad_(False).eval()
+
+
+class AdapterLinear(nn.Linear):
+    """A frozen linear layer and its low-rank adapters: W x + B A x for the one that is on."""
+
+    def forward(self, x):
+        y, name = super().forward(x), self.adapters.on
+        if name is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name])
+
+
+class Adapters:
+    """Sets of low-rank adapters (LoRA) in the blocks of one frozen DiT; at most one set is on."""
+
+    def __init__(self, dit, rank, names, seed=0):
+        self.dit, self.rank, self.on = dit.requires_grad_(False), rank, None
+        generator = torch.Generator().manual_seed(seed)
+        blocks = {id(layer) for block in blocks_of(dit) for layer in block.modules()}
+        self.layers = {name: layer for name, layer in dit.named_modules()
+                       if id(layer) in blocks and type(layer) is nn.Linear}
+        for layer in self.layers.values():
+            # Orthonormal rows: at full rank a gradient step on B is that step on the weight.
+            A = nn.init.orthogonal_(torch.empty(rank, layer.in_features), generator=generator)
+            A = A.to(layer.weight.device)
+            B = A.new_zeros(layer.out_features, rank)
+            layer.lora_A = nn.ParameterDict({name: A.clone() for name in names})
+            layer.lora_B = nn.ParameterDict({name: B.clone() for name in names})
+            layer.adapters, layer.__class__ = self, AdapterLinear
+
+    @contextmanager
+    def use(self, name):
+        """A context in which the set `name` is on (None: none)."""
+        before, self.on = self.on, name
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def call(self, name, x, t, text):
+        """The velocity with the set `name` on."""
+        with self.use(name):
+            return self.dit(x, t, text)
+
+    def contexts(self):
+        """For checkpoint_activations: the second computation uses the set that is on now."""
+        return nullcontext(), self.use(self.on)
+
+    def weights(self, name):
+        return {f"{key}.{matrix}": getattr(layer, matrix)[name]
+                for key, layer in self.layers.items() for matrix in ("lora_A", "lora_B")}
+
+    @torch.no_grad()
+    def merged(self, name):
+        """A plain DiT with the weights W + B A."""
+        state = {key: w for key, w in self.dit.state_dict().items() if ".lora_" not in key}
+        for key, layer in self.layers.items():
+            w = layer.weight + layer.lora_B[name] @ layer.lora_A[name]
+            state[f"{key}.weight"] = w.to(layer.weight.dtype)
+        return plain_dit(self.dit.config, state)
+
+    def save(self, name, path):
+        """Writes a LoRA file: "diffusion_model.", official names, alpha equal to the rank."""
+        tensors = {}
+        for key, layer in self.layers.items():
+            stem = convert_weights.rename(key, convert_weights.OFFICIAL_NAMES["dit"])
+            for matrix in ("lora_A", "lora_B"):
+                w = getattr(layer, matrix)[name].detach().cpu()
+                tensors[f"diffusion_model.{stem}.{matrix}.weight"] = w
+            tensors[f"diffusion_model.{stem}.alpha"] = torch.tensor(float(self.rank))
+        write_whole(path, partial(save_file, tensors))
+
+
+class Processes(TorchFunctionMode):
+    """The processes of torchrun, of which each takes its share of every batch. Usually one.
+
+    As a context: torch.rand (..., B) and torch.randn (B, ...) draw the whole batch and return
+    this process's share. So random numbers belong to an item of the batch, not to a process.
     """
 
-    def __init__(self, features, width):
+    def __init__(self, device):
         super().__init__()
-        self.features = [features]            # in a list, so that the frozen net is no part of this module
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.SiLU(), nn.Linear(128, 1))
+        self.device = device
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def forward(self, x, t, null_text):
-        return self.head(self.features[0](x, t, join(null_text, batch=len(x)))).mean((1, 2))
+    def share(self, x):
+        return x.chunk(self.count)[self.rank]
 
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.rand:
+            draws = function(*args[:-1], args[-1] * self.count, **kwargs)
+            return self.share(draws.movedim(-1, 0)).movedim(0, -1)
+        if function is torch.randn:
+            return self.share(function(args[0][0] * self.count, *args[0][1:], **kwargs))
+        return function(*args, **(kwargs or {}))
 
-def generator_loss(discriminator, x, t, null_text, noise):
-    """The GAN shield: the student is to look real at time t, softplus(-logit). The gradient goes through the features to x."""
-    return F.softplus(-discriminator(renoise(x, t, noise), t, null_text)).mean()
+    def mean(self, metrics):
+        """{name: number}, averaged over processes."""
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64)
+        if self.count > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return dict(zip(metrics, (values / self.count).tolist(), strict=True))
 
+    def from_first(self, value=None):
+        """What the first process has. It returns when all processes have come here."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, device=self.device)
+            dist.barrier()
+        return values[0]
 
-def discriminator_loss(discriminator, x, real, t, null_text, noise, generator=None, r1=0.01, sigma=0.05):
-    """Its own update: softplus(-logit) on real, softplus(logit) on x, both noised alike, and R1 by finite difference:
-    how much the logits of real pictures change with a little noise, ((D(real + sigma n) - D(real)) / sigma)^2."""
-    real, x = renoise(real, t, noise), renoise(x.detach(), t, noise)
-    nudge = sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    on_real, on_nudged, on_x = (discriminator(part, t, null_text) for part in (real, real + nudge, x))   # (B,) each
-    return (F.softplus(-on_real) + F.softplus(on_x) + r1 * ((on_nudged - on_real) / sigma).square()).mean()
+    def average_gradient(self, p):
+        dist.all_reduce(p.grad.div_(self.count))
 
-
-# --- A run --------------------------------------------------------------------------------------------------
-
-
-WARMUP = 20              # updates over which the student's rate rises
-BUNDLED = Path(__file__).parent / "tutorials" / "shapes"
-
-
-def working_in(net, device, dtype):
-    """(x, t, text) -> what the net gives, its matrix products in `dtype` under autocast; its weights stay in float32."""
-    # On a CPU the plain attention kernel's backward is faster than the fused one's.
-    kernel = nullcontext if device.type != "cpu" else lambda: sdpa_kernel(SDPBackend.MATH)
-
-    def call(x, t, text):                     # autocast keeps its copies of weights until it ends: a call, not a run
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), kernel():
-            return net(x, t, text)
-    return call
-
-
-def adam(net, lr, momentum=0.0):
-    """AdamW: with momentum for the student, whose directions are noisy, without for those who have to follow it at once."""
-    return torch.optim.AdamW(net.parameters(), lr, betas=(momentum, 0.99), weight_decay=0.0)
-
-
-def make_players(pipeline, settings, args, real=None):
-    """-> (Players, {name: module or optimizer}): who takes part, and all of it that changes and is saved."""
-    teacher = pipeline.dit.requires_grad_(False)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    saved = {"student": student, "student_optimizer": adam(student, args.lr, momentum=0.9), "averaged": copy.deepcopy(teacher)}
-    work = lambda net: working_in(net, pipeline.device, args.dtype)
-    players = Players(work(teacher), work(student), saved["student_optimizer"], real=real)
-    if settings.shield == "dm":
-        fake = saved["fake"] = copy.deepcopy(student)
-        players.fake, players.fake_optimizer = work(fake), adam(fake, args.fake_lr)
-        saved["fake_optimizer"] = players.fake_optimizer
-    if settings.shield == "gan":
-        middle = len(teacher.layers) // 2 + 1
-        features = work(lambda x, t, text: teacher.features(x, t, text, middle)[0])
-        players.discriminator = saved["discriminator"] = Discriminator(features, teacher.config.dim).to(pipeline.device)
-        players.discriminator_optimizer = saved["discriminator_optimizer"] = adam(players.discriminator, args.fake_lr)
-    if args.compile:                          # dynamic: batches of B, 2B and 3B, captions of any length
-        for net in {teacher, student, saved.get("fake", student)}:
-            net.compile(dynamic=True)
-    return players, saved
+    def shard(self, dit, dtype):
+        """fully_shard, block by block: float32 weights and sums, products in `dtype`."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
+        for part in (*blocks_of(dit), dit):
+            fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
 
 
-def distil(pipeline, prompts, settings, args, real=None, watch=None):
-    """Runs the iterations that args asks for -> the student as a Pipeline, with the running average of its weights.
+# --- What a run trains ----------------------------------------------------------------------------
 
-    Leaves log.jsonl, samples/, student/ and state.pt in args.out, an existing folder, and goes on from a state.pt that is there.
-    real (M, C, h, w): latents of real pictures. watch(iteration, averaged) is called at every checkpoint.
+LEARNERS = ("student", "fake", "averaged")
+
+
+class WholeNetworks:
+    """Student, fake and the student's average as copies of the teacher."""
+
+    def __init__(self, teacher, args, processes):
+        self.nets = {"teacher": teacher.requires_grad_(False)}
+        for name in LEARNERS:
+            state = teacher.state_dict()
+            if processes.count == 1:           # sharding makes copies anyway
+                state = {key: w.to(torch.float32, copy=True) for key, w in state.items()}
+            self.nets[name] = plain_dit(teacher.config, state).requires_grad_(name != "averaged")
+            if args.checkpoint_activations:
+                checkpoint_activations(self.nets[name])
+        if processes.count > 1:
+            for net in self.nets.values():
+                processes.shard(net, args.dtype)
+        self.weights = {name: dict(self.nets[name].named_parameters()) for name in LEARNERS}
+
+    def plain(self):
+        """The average as a DiT that is not sharded. All processes have to call this."""
+        net = self.nets["averaged"]
+        if not hasattr(net, "unshard"):
+            return net
+        state = {name: w.full_tensor().cpu() for name, w in net.state_dict().items()}
+        return plain_dit(net.config, state)
+
+
+class LowRankNetworks:
+    """Student, fake and the student's average as sets of adapters in the teacher itself."""
+
+    def __init__(self, teacher, args, processes):
+        self.adapters = Adapters(teacher, args.lora, LEARNERS, args.seed)
+        if args.checkpoint_activations:
+            checkpoint_activations(teacher, self.adapters.contexts)
+        self.nets = {name: partial(self.adapters.call, name) for name in LEARNERS}
+        self.nets["teacher"] = partial(self.adapters.call, None)
+        self.weights = {name: self.adapters.weights(name) for name in LEARNERS}
+        self.plain = partial(self.adapters.merged, "averaged")
+        for name, weights in self.weights.items():
+            for p in weights.values():
+                p.requires_grad_(name != "averaged")
+                if processes.count > 1 and p.requires_grad:
+                    p.register_post_accumulate_grad_hook(processes.average_gradient)
+
+
+def adam(weights, lr, momentum):
+    """AdamW with its state made at once, so that every checkpoint has the same tensors."""
+    optimizer = torch.optim.AdamW(weights.values(), lr, betas=(momentum, 0.99), weight_decay=0.0)
+    for p in weights.values():
+        state = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
+    return optimizer
+
+
+@torch.no_grad()
+def interpolate(weights, targets, share):
+    """Moves `weights` by this share of the way to `targets`, in place."""
+    for name, target in targets.items():
+        weights[name].lerp_(target.detach(), share)
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+class PromptFile:
+    """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large."""
+
+    def __init__(self, path):
+        self.path, self.starts, position = path, [], 0
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.decode("utf-8-sig").strip():
+                        self.starts.append(position)
+                    position += len(line)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read the prompts in {path}: {reason}") from None
+        if not self.starts:
+            raise UserError(f"--prompts: there is no prompt in {path}")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            return file.readline().decode("utf-8-sig").strip()
+
+
+class FeatureCache:
+    """The text features of all prompts in safetensors files, encoded once.
+
+    `key` says of which text encoder, tokenizer and prompts; a cache of others is refused.
     """
-    out, saved_at = Path(args.out), 0
-    players, saved = make_players(pipeline, settings, args, real)
-    averaged = replace(pipeline, dit=saved["averaged"], shift=settings.shift, steps=settings.steps, trained_steps=settings.steps, guidance=0.0)
-    progress = {"done": -args.warmup_fake, "seconds": 0.0, "recent": []}       # done: updates of the student; warm-up counts up to 0
-    if (out / "state.pt").exists():
-        progress = read_checkpoint(out, saved)
-        saved_at = progress["done"]
-    began = time.perf_counter() - progress["seconds"]
+    SIZE = 256                   # prompts a file
 
-    null_text, shown = encode_prompts(pipeline, [""]), prompts[:16]
-    shape = pipeline.dit.config.in_channels, *[pipeline.size // pipeline.vae.config.downsampling] * 2
-    target_std = float((draw(pipeline, shown, args.batch_size, "latent") if real is None else real).std())
-    with tqdm(initial=progress["done"] + args.warmup_fake, total=args.warmup_fake + args.iterations, desc="distilling", unit="it") as bar:
-        for i in range(progress["done"], args.iterations):
-            # Every draw of an iteration comes from a generator of its own: a run that goes on is the run that never stopped.
-            generator = torch.Generator().manual_seed(10 ** 6 * args.seed + args.warmup_fake + i)
-            text = encode_prompts(pipeline, [prompts[j] for j in torch.randint(len(prompts), (args.batch_size,), generator=generator)])
-            noise = torch.randn(args.batch_size, *shape, generator=generator).to(pipeline.device)
-            rate = players.student_optimizer.param_groups[0]["lr"] = learning_rate(i, args)
-            try:
-                figures = training_step(players, text, null_text, noise, settings, generator, train_student=i >= 0)
-            except FloatingPointError as error:
-                kept = f"{out / 'student'} is the student after {saved_at}" if saved_at else "there is no checkpoint yet"
-                raise UserError(f"{error} in iteration {i + 1}; {kept}; try a smaller --lr or --alpha") from None
-            bar.update()
-            if i < 0:
-                continue
-            done, keep = i + 1, min(args.ema, (i + 1) / (i + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(saved["averaged"].parameters()), list(saved["student"].parameters()), 1 - keep)
-            progress = {"done": done, "seconds": time.perf_counter() - began, "recent": [*progress["recent"], figures]}
-            if done % args.log_every == 0 or done == args.iterations:
-                line = log_line(progress, target_std, rate, args)
-                with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix_str(f"loss {line['loss']:.3f}, std ratio {line['std_ratio']:.2f}")
-                progress["recent"] = []
-            if done % args.sample_every == 0 or done == args.iterations:
-                write_checkpoint(out, averaged, saved, progress, draw(averaged, shown, args.batch_size, "tensor"))
-                saved_at = done
-                if watch:
-                    watch(done, averaged)
-    return averaged
+    def __init__(self, folder, pipeline, prompts, key, processes):
+        self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
+        if processes.rank == 0 and not note.exists():
+            write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
+        processes.from_first()
+        if convert_weights.read_json(note).get("key") != key:
+            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
+                            "prompt file; name another directory")
+        starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
+        for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
+            items = range(start, min(start + self.SIZE, len(prompts)))
+            text = encode_prompts(pipeline, [prompts[i] for i in items])
+            features = {str(i): f[:n].contiguous() for i, f, n in zip(items, *text, strict=True)}
+            write_whole(self.file(start), partial(save_file, features))
+        processes.from_first()
+
+    def file(self, i):
+        return self.folder / f"{i // self.SIZE:06d}.safetensors"
+
+    def __call__(self, items):
+        features = []
+        for i in items:
+            with safe_open(self.file(i), "pt") as file:
+                features.append(file.get_tensor(str(i)))
+        lengths = torch.tensor([len(f) for f in features], device=self.device)
+        return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+WARMUP = 20            # updates over which the student's learning rate rises
+MAX_SKIPPED = 10       # iterations in a row without a finite gradient that end a run
+FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+               dcp.api.CheckpointException)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+    warmed: int = 0          # iterations of the warm-up
+    done: int = 0            # iterations of the student
+    skipped: int = 0         # of them, those whose gradient was not finite
+    in_a_row: int = 0        # of those, the newest without another between them
+    seconds: float = 0.0
+    saturation: float = 0.0  # of the newest sample pictures
+    recent: list = field(default_factory=list)     # metrics since the last line of the log
+
+
+class StopSignals:
+    """A context in which SIGINT and SIGTERM only set `number`; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+
+class Run:
+    """A distillation in the folder args.out: log.jsonl, samples/, student/, checkpoints/.
+
+    adjust(learners) may change what is trained before the optimizers are made; parts: fields of
+    Nets that an ablation replaces. tutorials/cards/sweep.py uses both.
+    """
+
+    def __init__(self, pipeline, prompts, settings, args, adjust=None, **parts):
+        self.pipeline, self.prompts, self.settings, self.args = pipeline, prompts, settings, args
+        self.out, self.processes = Path(args.out), Processes(pipeline.device)
+        self.draws = self.processes if self.processes.count > 1 else nullcontext()
+        self.null_text, first = encode_prompts(pipeline, [""]), range(min(16, len(prompts)))
+        self.shown = [self.encode(first[i:i + args.batch_size]) for i in first[::args.batch_size]]
+        self.texts = self.encode
+        if args.cache_features:
+            self.texts = FeatureCache(
+                args.cache_features, pipeline, prompts, fingerprints(args)[1:], self.processes)
+        networks = LowRankNetworks if args.lora else WholeNetworks
+        self.learners = networks(pipeline.dit, args, self.processes)
+        if adjust:
+            adjust(self.learners)
+        nets = {name: AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
+                for name, net in self.learners.nets.items()}
+        self.averaged, self.counted = nets.pop("averaged"), nets.values()
+        # The student uses momentum because its gradient is noisy. The fake uses none because it
+        # must follow the student quickly.
+        weights = self.learners.weights
+        nets["student_optimizer"] = adam(weights["student"], args.lr, 0.9)
+        nets["fake_optimizer"] = adam(weights["fake"], args.fake_lr, 0.0)
+        self.nets = Nets(**nets | ({"dm": no_dm} if args.no_dm else {}) | parts)
+        side = pipeline.size // pipeline.vae.config.downsampling
+        self.shape = (pipeline.dit.config.in_channels, side, side)
+        times = time_schedule(pipeline.steps, pipeline.shift)
+        self.reference_std = float(self.sample(self.nets.teacher, times, pipeline.guidance).std())
+        self.progress = self.load()
+
+    def encode(self, items):
+        return encode_prompts(self.pipeline, [self.prompts[i] for i in items])
+
+    def batch(self, i):
+        """Iteration i: this process's text and noise, the Settings, the generator of its draws.
+
+        Each iteration has a generator of its own, so a resumed run is the run that never stopped.
+        """
+        seed, size = 10 ** 6 * self.args.seed + i, self.args.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        items = torch.randint(len(self.prompts), (size,), generator=generator)
+        noise = torch.randn(size, *self.shape, generator=generator)
+        settings = replace(self.settings, steps=random.Random(seed).choice(self.args.steps))
+        text = self.texts(self.processes.share(items).tolist())
+        return text, self.processes.share(noise).to(self.pipeline.device), settings, generator
+
+    def warm_up(self, i):
+        """The fake alone learns what the student makes at the start."""
+        text, noise, settings, generator = self.batch(i)
+        with self.draws:
+            warm_up(self.nets, text, noise, settings, generator)
+        self.progress.warmed = i + 1
+
+    def iterate(self, i):
+        """training_step, then the student's average; without effect if a gradient is not finite."""
+        args, p, weights = self.args, self.progress, self.learners.weights
+        text, noise, settings, generator = self.batch(args.warmup + i)
+        for group in self.nets.student_optimizer.param_groups:
+            group["lr"] = learning_rate(i, args)
+        for net in self.counted:
+            net.forwards = net.backwards = 0
+        p.done = i + 1
+        try:
+            with self.draws:
+                metrics = training_step(
+                    self.nets, text, self.null_text, noise, settings, generator)
+        except FloatingPointError:
+            p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
+            return
+        p.in_a_row = 0
+        interpolate(weights["averaged"], weights["student"], 1 - min(args.ema, (i + 1) / (i + 10)))
+        if args.follow:
+            interpolate(weights["fake"], weights["student"], args.follow)
+        metrics["forwards"] = sum(net.forwards for net in self.counted) / len(noise)
+        metrics["backwards"] = sum(net.backwards for net in self.counted) / len(noise)
+        p.recent.append(self.processes.mean(metrics))
+
+    @torch.no_grad()
+    def sample(self, net, times, guidance=0.0):
+        """Latents of the first prompts; image i starts from the noise of seed i."""
+        latents = []
+        for text in self.shown:
+            seeds = range(len(latents), len(latents) + len(text.lengths))
+            noise = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(s))
+                                 for s in seeds]).to(self.pipeline.device)
+            latents += sample(net, noise, text, times, guidance, self.null_text)
+        return torch.stack(latents)
+
+    def student(self):
+        """The averaged student as a Pipeline. All processes have to call this."""
+        steps = self.args.steps
+        return replace(self.pipeline, dit=self.learners.plain(), shift=self.settings.shift,
+                       steps=steps[0], guidance=0.0, trained_steps=steps if steps[1:] else steps[0])
+
+    @torch.no_grad()
+    def save(self):
+        """samples/, student/, then the checkpoint; each is written beside its place and renamed."""
+        latents = self.sample(self.averaged, time_schedule(self.args.steps[0], self.settings.shift))
+        student, p = self.student(), self.progress
+        if self.processes.rank == 0:
+            images = sampler.decode(student, latents)
+            p.saturation = float((images.amax(1) - images.amin(1)).mean())
+            picture = partial(picture_grid(images).save, format="PNG")
+            write_whole(self.out / "samples" / f"{p.done:06d}.png", picture)
+            convert_weights.save_pipeline(
+                self.out / "student", student.dit, student.text_encoder, student.vae,
+                student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
+                guidance=0.0, size=student.size, trained_steps=student.trained_steps)
+            if self.args.lora:
+                self.learners.adapters.save("averaged", self.out / "lora.safetensors")
+        self.save_checkpoint()
+        return student
+
+    def tensors(self):
+        """What a checkpoint holds: {name: tensor} of weights and of the optimizers' state."""
+        tensors, nets = {}, self.nets
+        optimizers = {"student": nets.student_optimizer, "fake": nets.fake_optimizer}
+        for who, weights in self.learners.weights.items():
+            for name, p in weights.items():
+                tensors[f"{who}.{name}"] = p.detach()
+                state = optimizers[who].state[p] if who in optimizers else {}
+                tensors |= {f"{who}.{name}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def save_checkpoint(self):
+        """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled."""
+        folder, p, first = self.out / "checkpoints", self.progress, self.processes.rank == 0
+        target = folder / f"{p.warmed + p.done:08d}"
+        folder.mkdir(exist_ok=True)
+        try:
+            place = convert_weights.temporary(folder, ".part-", Path.mkdir)
+            with place if first else nullcontext() as made:
+                part = self.processes.from_first(made)
+                writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+                dcp.save(self.tensors(), storage_writer=writer)
+                if first and not target.exists():
+                    (part / "progress.json").write_text(json.dumps(asdict(p)))
+                    os.replace(part, target)
+        except FILE_FAULTS as error:
+            raise UserError(f"cannot write {target}: {first_line(error)}") from None
+        for old in sorted(folder.glob("[0-9]*"))[:-self.args.keep] if first else ():
+            shutil.rmtree(old)
+
+    def load(self):
+        """The newest checkpoint -> Progress; of a new run its start. The log is cut back to it."""
+        folders = sorted((self.out / "checkpoints").glob("[0-9]*"))
+        if not folders:
+            return Progress()
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
+            dcp.load(self.tensors(), storage_reader=reader)
+            progress = Progress(**convert_weights.read_json(folders[-1] / "progress.json"))
+            for name, value in asdict(Progress()).items():
+                if type(getattr(progress, name)) is not type(value):
+                    raise ValueError(f"{name} is {getattr(progress, name)!r}")
+            lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            # A killed process can leave half a line: it does not end in a newline.
+            lines = [line for line in lines if line.endswith("\n")
+                     and json.loads(line)["iteration"] <= progress.done]
+        except FILE_FAULTS as error:
+            raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
+                            "remove it to go on from the checkpoint before it") from None
+        if self.processes.rank == 0:
+            write_whole(self.out / "log.jsonl", lambda part: part.write_text("".join(lines)))
+        return progress
+
+    def log(self):
+        """A line of log.jsonl: means over the iterations since the last line."""
+        p, line = self.progress, {}
+        for name in p.recent[0] if p.recent else ():
+            line[name] = sum(metrics[name] for metrics in p.recent) / len(p.recent)
+        if p.recent:
+            line["dm_over_ca"] = line["dm_rms"] / max(line["ca_rms"], 1e-12)
+            line["std_ratio"] = line["x_std"] / self.reference_std
+        line |= {"saturation": p.saturation, "skipped": p.skipped, "seconds": p.seconds,
+                 "lr": learning_rate(p.done - 1, self.args), "fake_lr": self.args.fake_lr}
+        line = {name: float(f"{value:.6g}") for name, value in line.items()}
+        p.recent = []
+        if self.processes.rank == 0:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": p.done, **line}) + "\n")
+
+    def end_if_asked(self, number):
+        """Ends the process after a signal, or after too many iterations without effect."""
+        number = max(self.processes.mean({"signal": number}).values()) * self.processes.count
+        if self.progress.in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"{MAX_SKIPPED} iterations in a row gave no finite gradient: try a smaller --lr or "
+                f"--alpha; the last good checkpoint, if there is one, is in {self.out}/checkpoints")
+        if number:
+            self.save_checkpoint()
+            print(f"saved after iteration {self.progress.done}; --resume goes on", file=sys.stderr)
+            raise SystemExit(130 if number == signal.SIGINT else 0)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
 
 
 def learning_rate(i, args):
-    """Of the student's update i, from 0: linearly up over WARMUP updates, linearly down to 0 over all of them; the lower of the two."""
-    return args.lr * max(min((i + 1) / WARMUP, 1 - i / args.iterations), 0)
-
-
-def draw(pipeline, prompts, batch, output):
-    """generate, with the model's own settings and image i from seed i, `batch` at a time."""
-    return torch.cat([generate(pipeline, prompts[i:i + batch], seed=i, output=output) for i in range(0, len(prompts), batch)])
-
-
-def log_line(progress, target_std, rate, args):
-    """Means over the iterations since the last line; how large DM is beside CA; the outputs' std over that of teacher or data."""
-    recent = progress["recent"]
-    line = {name: sum(figures[name] for figures in recent) / len(recent) for name in recent[0]}
-    if line["ca_rms"]:
-        line["dm_over_ca"] = line["dm_rms"] / line["ca_rms"]
-    line |= {"std_ratio": line["x_std"] / target_std, "lr": rate, "fake_lr": args.fake_lr, "seconds": progress["seconds"]}
-    return {"iteration": progress["done"], **{name: float(f"{value:.6g}") for name, value in line.items()}}
-
-
-def write_checkpoint(out, averaged, saved, progress, images):
-    """samples/, student/, then state.pt, each whole or not at all."""
-    save_whole(out / "samples" / f"{progress['done']:06d}.png", lambda part: picture_grid(images).save(part, format="PNG"))
-    save_pipeline(out / "student", averaged.dit, averaged.text_encoder, averaged.vae, averaged.tokenizer, averaged.shift,
-                  steps=averaged.steps, guidance=0.0, size=averaged.size, trained_steps=averaged.steps)
-    state = {name: part.state_dict() for name, part in saved.items()} | {"progress": progress}
-    save_whole(out / "state.pt", lambda part: torch.save(state, part))
-
-
-def read_checkpoint(out, saved):
-    """Puts state.pt into modules and optimizers, takes lines after it out of log.jsonl -> progress."""
-    try:
-        state = torch.load(out / "state.pt", map_location="cpu")
-        for name, part in saved.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{out / 'state.pt'} is damaged, or of another kind of run; begin again with --overwrite") from None
-    matches = re.finditer(r'^{"iteration": (\d+),.*\n', (out / "log.jsonl").read_text(encoding="utf-8"), re.M)     # a line cut short is none
-    lines = [match[0] for match in matches if int(match[1]) <= state["progress"]["done"]]
-    save_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines), encoding="utf-8"))
-    return state["progress"]
+    """The student's rate in update i (from 0): up over WARMUP updates, then linearly to 0."""
+    fall = 1 if args.constant_rate else 1 - i / args.iterations
+    return args.lr * max(min((i + 1) / WARMUP, fall), 0)
 
 
 def picture_grid(images, columns=8):
-    """(B, 3, H, W) in [0, 1] -> a picture with `columns` of them in a row."""
-    rows = [torch.cat(list(row), 2) for row in F.pad(images, (1, 1, 1, 1), value=0.5).split(columns)]     # (3, H + 2, columns (W + 2))
-    rows = [F.pad(row, (0, rows[0].shape[2] - row.shape[2]), value=0.5) for row in rows]
-    return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy())
+    """(B, 3, H, W) in [0, 1] -> a picture with `columns` of them in a row, and lines between."""
+    images = F.pad(images, (1, 1, 1, 1), value=0.5)
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=0.5)
+    rows = [torch.cat([*row], 2) for row in images.split(columns)]            # (3, H + 2, width)
+    return Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
-def save_whole(path, write):
-    """write(part), then renamed to `path`: whatever happens, the old file or the new one is there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
+def train(pipeline, prompts, settings, args, callback=None, **changes):
+    """Distils -> the student as a Pipeline, with the running average of its weights.
+
+    It goes on from the newest checkpoint in args.out. SIGINT and SIGTERM save a checkpoint and
+    end the process, with exit codes 130 and 0. callback(iteration, student): at checkpoints.
+    changes: see Run.
+    """
+    run = Run(pipeline, prompts, settings, args, **changes)
+    p, began, student = run.progress, time.perf_counter() - run.progress.seconds, run.student()
+    bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
+               disable=run.processes.rank > 0)
+    # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
+    # for forward and backward passes together, because checkpoints compute again in the latter.
+    kernel = sdpa_kernel(SDPBackend.MATH) if pipeline.device.type == "cpu" else nullcontext()
+    with StopSignals() as stop, bar, kernel:
+        for i in range(p.warmed, args.warmup):
+            run.warm_up(i)
+            bar.update()
+            run.end_if_asked(stop.number)
+        for i in range(p.done, args.iterations):
+            run.iterate(i)
+            bar.update()
+            p.seconds = time.perf_counter() - began
+            last = p.done == args.iterations
+            if p.done % args.log_every == 0 or last:
+                run.log()
+            if (p.done % args.sample_every == 0 and not p.in_a_row) or last:
+                student = run.save()
+                if callback:
+                    callback(p.done, student)
+            run.end_if_asked(stop.number)
+    return student
 
 
-# --- Command line -------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
+
+BUNDLED = Path(__file__).resolve().parent / "tutorials" / "shapes"
+MAY_CHANGE = {"out", "teacher", "prompts", "cache_features", "iterations", "sample_every", "keep",
+              "log_every", "device", "accumulate", "checkpoint_activations", "resume", "overwrite"}
 
 
-def encode_images(pipeline, folder):
-    """The pictures in a folder, cropped and resized to the pipeline's size -> latents (M, C, h, w)."""
-    try:
-        files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    except OSError as error:
-        raise UserError(f"--images {folder}: {error.strerror}") from None
-    if not files:
-        raise UserError(f"--images {folder}: there is no picture in it")
-    with torch.no_grad():
-        return torch.cat([pipeline.vae.encode(prepare_image(read_image(file), pipeline.size, pipeline.size).to(pipeline.device))
-                          for file in tqdm(files, "encoding images", leave=False)])
+def step_numbers(text):
+    """An argparse type: "4,1,2,8" -> [4, 1, 2, 8]."""
+    return [number(1, 10000, int)(part) for part in text.split(",")]
 
 
-RUN_FILES = ("log.jsonl", "samples", "student", "state.pt", "config.json")       # the last one says that it is a run
-FREE = ("out", "iterations", "sample_every", "log_every", "device", "compile")     # what --resume may change
-
-
-def parse_arguments(arguments=None, defaults=()):
-    """`defaults`: {option: value} that take the place of those below."""
-    parser = argparse.ArgumentParser(description="Distil a few-step student from a many-step teacher with Decoupled DMD.", allow_abbrev=False)
-    add, usual = parser.add_argument, Settings()
-    add("--teacher", metavar="DIR", default=str(BUNDLED / "teacher"), help="checkpoint directory, official layout or ours, of an undistilled "
-        "model (default: the bundled one)")
-    add("--prompts", metavar="FILE", help="one prompt a line, UTF-8 (default: those of the bundled teacher)")
-    add("--out", metavar="DIR", default="runs/distil", help="a new directory for all that the run leaves (default %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --out, with its options")
-    add("--overwrite", action="store_true", help="remove the run in --out and start again")
-    add("--steps", type=int, default=usual.steps, help="of the student: 1, 2, 4, 8 (default %(default)s)")
-    add("--alpha", type=float, default=usual.alpha, help="guidance scale of the CA term, the spear; 1 is none (default %(default)s)")
-    add("--shield", choices=list(SHIELD_WEIGHT), default=usual.shield, help="what holds the spear in check (default %(default)s)")
-    add("--shield-weight", type=float, help="of meanvar and gan (default: 2 and 0.3)")
-    add("--schedule", choices=list(SCHEDULES), default=usual.schedule, help="which times the two terms re-noise to (default %(default)s)")
-    add("--raw", action="store_true", help="terms as they are, not normalised item by item")
-    add("--images", metavar="DIR", help="real pictures; the shields meanvar and gan need them")
-    add("--shift", type=float, help="of the student's times and of every re-noising time (default: the teacher's)")
-    add("--size", type=int, metavar="PIXELS", help="height and width to distil at (default: the teacher's own)")
-    add("--iterations", type=int, default=400, help="updates of the student (default %(default)s)")
-    add("--batch-size", type=int, default=16, help="default %(default)s")
-    add("--fake-updates", type=int, default=usual.fake_updates, help="of fake or discriminator, for one of the student (default %(default)s)")
-    add("--warmup-fake", type=int, default=0, metavar="N", help="iterations before the first update of the student (default %(default)s)")
-    add("--lr", type=float, default=2e-4, help="the student's learning rate (default %(default)s)")
-    add("--fake-lr", type=float, default=1e-3, help="that of the fake, or of the discriminator (default %(default)s)")
-    add("--ema", type=float, default=0.98, help="how much of the average of the student's weights an update keeps (default %(default)s)")
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--sample-every", type=int, default=100, metavar="N", help="iterations between checkpoints with sample pictures (default %(default)s)")
-    add("--log-every", type=int, default=10, metavar="N", help="iterations averaged in one line of log.jsonl (default %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; weights are float32 (default: float32 on a CPU, bfloat16 elsewhere)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks: many minutes before the first "
-        "iteration (default: no)")
-    parser.set_defaults(**dict(defaults))
+def parse_arguments(arguments=None):
+    """The command line -> a namespace. UserError names the option that is wrong."""
+    whole, some = partial(number, kind=int), Settings()
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    for name, kind, default, metavar, text in [
+            ("teacher", absolute, None, "DIR", "an undistilled model (default: the bundled one)"),
+            ("prompts", absolute, None, "FILE", "one prompt a line (default: the bundled ones)"),
+            ("out", str, "runs/distil", "DIR", "directory of the run"),
+            ("steps", step_numbers, [some.steps], "N[,N...]", "of the student; of several numbers "
+             "one is drawn in each iteration, and the first is its default for sampling"),
+            ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
+            ("shift", number(above=0, high=1e3), None, "S", "of times (default: the teacher's)"),
+            ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
+            ("iterations", whole(1, 10 ** 8), 400, "N", "updates of the student"),
+            ("batch-size", whole(1, 10 ** 5), 16, "N", "of all processes together"),
+            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "for one of the student"),
+            ("warmup", whole(0, 10 ** 8), 0, "N", "iterations of the fake alone before the first"),
+            ("lr", number(0, 100), 2e-4, "R", "the student's learning rate"),
+            ("fake-lr", number(0, 100), 1e-3, "R", "the fake's learning rate"),
+            ("ema", number(0, 1), 0.98, "E", "share of the average that an update keeps"),
+            ("follow", number(0, 1), 0.0, "F", "pull the fake by this share to the student (IDA)"),
+            ("lora", whole(1, 10 ** 5), None, "RANK", "train low-rank adapters in one teacher"),
+            ("accumulate", whole(1, 10 ** 4), 1, "K", "compute each batch in K parts"),
+            ("cache-features", absolute, None, "DIR", "encode all prompts once, into it"),
+            ("seed", whole(0, 10 ** 12), 0, "N", "of all draws"),
+            ("sample-every", whole(1, 10 ** 8), 100, "N", "iterations between checkpoints"),
+            ("keep", whole(1, 10 ** 5), 2, "N", "checkpoints that are kept"),
+            ("log-every", whole(1, 10 ** 8), 10, "N", "iterations in one line of log.jsonl"),
+            ("device", str, "auto", "NAME", "cuda, mps or cpu")]:
+        shown = "" if default is None else " (default: %(default)s)"
+        add(f"--{name}", type=kind, default=default, metavar=metavar, help=text + shown)
+    for name, text in [("no-dm", "the spear alone: without distribution matching"),
+                       ("no-normalize", "terms as they are, not divided by their size"),
+                       ("constant-rate", "the learning rate does not fall (shows the collapse)"),
+                       ("checkpoint-activations", "less memory, a third more computation"),
+                       ("resume", "go on with the run in --out, with its options"),
+                       ("overwrite", "remove the run in --out and begin again")]:
+        add(f"--{name}", action="store_true", help=text)
+    add("--schedule", choices=list(SCHEDULES), default=some.schedule, help="of re-noising times")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of matrix products (default: float32 on a CPU, bfloat16 elsewhere)")
     args = parser.parse_args(arguments)
-    for name in ("teacher", "prompts", "images"):             # a run may be resumed from elsewhere
-        if getattr(args, name) is not None:
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
+    if args.no_dm and (args.alpha == 1 or args.warmup or args.follow):
+        raise UserError("--no-dm leaves CA alone, without a fake: it goes with an --alpha above 1, "
+                        "and not with --warmup or --follow")
+    if args.teacher and not args.prompts and not args.resume:
+        raise UserError("a teacher of your own needs prompts: give --prompts FILE, one a line")
     return args
 
 
-def check(args):
-    """UserError for options that make no sense."""
-    whole = {"steps": 1, "iterations": 1, "batch_size": 1, "fake_updates": 1, "warmup_fake": 0, "sample_every": 1, "log_every": 1, "size": 1}
-    for name, low in whole.items():
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} should be at least {low}, not {getattr(args, name)}")
-    for name, low, high in (("alpha", 1, math.inf), ("shield_weight", 0, math.inf), ("shift", 0, math.inf), ("lr", 0, math.inf),
-                            ("fake_lr", 0, math.inf), ("ema", 0, 1), ("seed", 0, 10 ** 12)):
-        value = getattr(args, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} should be a number from {low} to {high}, not {value}")
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite removes it: give one of them")
-    if args.shield == "none" and args.alpha == 1:
-        raise UserError("--shield none with --alpha 1 leaves nothing to learn from: give one of the two terms")
-    if args.shield in ("none", "meanvar") and args.warmup_fake:
-        raise UserError(f"--shield {args.shield} has no fake to warm up: leave out --warmup-fake")
-    if args.shield in ("meanvar", "gan") and args.images is None:
-        raise UserError(f"--shield {args.shield} needs real pictures: give a folder with --images DIR, or take --shield dm, which needs none")
-    if args.prompts is None and Path(args.teacher) != (BUNDLED / "teacher").resolve():
-        raise UserError("a teacher of your own needs prompts of its own: give --prompts FILE, one prompt a line")
+def absolute(path):
+    """An argparse type: a path that stays right when a run goes on from another directory."""
+    return str(Path(path).absolute())
 
 
-def settings_of(args, pipeline):
-    """-> Settings; a shift that args leaves open is the teacher's."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    settings = Settings(**given | {"shift": pipeline.shift if args.shift is None else args.shift, "normalise": not args.raw})
-    time_schedule(settings.steps, settings.shift)             # UserError for a shift too extreme
-    return settings
+def make_settings(args, pipeline):
+    """The Settings of a run; a shift that is not given is the teacher's."""
+    shift = pipeline.shift if args.shift is None else args.shift
+    for steps in args.steps:
+        time_schedule(steps, shift)            # UserError if the shift is too extreme
+    return Settings(
+        steps=args.steps[0], alpha=args.alpha, schedule=args.schedule, shift=shift,
+        normalize=not args.no_normalize, fake_updates=0 if args.no_dm else args.fake_updates)
 
 
-def read_config(out):
-    """The config.json of a run, or None where `out` is not the folder of one."""
+def as_arguments(args):
+    """The namespace as a command line, which parse_arguments reads again."""
+    words = []
+    for name, value in vars(args).items():
+        if value is True and name not in ("resume", "overwrite"):
+            words.append(f"--{name.replace('_', '-')}")
+        elif not isinstance(value, bool) and value is not None and name != "out":
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')}={text}")
+    return words
+
+
+def resumed_arguments(args, given):
+    """The options of the run in args.out, and over them those that are given now."""
+    out = Path(args.out)
+    if (out / "state.pt").exists():
+        raise UserError(f"--resume: {out}/state.pt is from an older distill.py: begin a new run")
+    config = read_run(out)
+    if config is None or not any((out / "checkpoints").glob("[0-9]*")):
+        raise UserError(f"--resume: there is no checkpoint of a run in {out}")
+    words = config.get("arguments")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{out}/config.json is damaged: it has no list of arguments")
+    before, args = parse_arguments(words), parse_arguments([*words, *given])
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and value != getattr(before, name):
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} was {getattr(before, name)} in {out}, not "
+                f"{value}; leave it out to go on, or begin a run in another --out")
+    if config.get("fingerprints") != fingerprints(args):
+        raise UserError(f"--resume: the teacher or the prompts of {out} are others now; name those "
+                        "of the run, wherever they are, or begin a run in another --out")
+    return args
+
+
+def read_run(out):
+    """The config.json of a run, or None if `out` is not the folder of one."""
     try:
-        config = read_json(out / "config.json")
+        config = convert_weights.read_json(out / "config.json")
     except UserError:
         return None
     return config if config.get("made_by") == "distill.py" else None
 
 
-def resumed(args):
-    """The options of the run in args.out, and over them those given now. UserError where they would make it another run."""
-    out = Path(args.out)
-    config = read_config(out)
-    if config is None or not (out / "state.pt").exists():
-        raise UserError(f"--resume: there is no checkpoint of a run in {out}" + ("; begin again with --overwrite" if config else ""))
-    args = parse_arguments(defaults={name: value for name, value in config["options"].items() if name != "out"})
-    for name, value in config["options"].items():
-        if name not in FREE and getattr(args, name) != value:
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {value} in {out}, not {getattr(args, name)}; "
-                            "leave it out to go on, or begin a run in another --out")
-    return args
+def fingerprints(args):
+    """What the teacher and the prompts are, wherever they lie."""
+    files = args.teacher or BUNDLED / "teacher", args.prompts or BUNDLED / "prompts.txt"
+    return [fingerprint(file) for file in files]
 
 
-def prepare_folder(args, settings):
+def prepare_folder(args):
     """Makes args.out the folder of this run, and writes down how to repeat it."""
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if read_config(out) is None:
-            raise UserError(f"--out {out} exists and is not a run of distill.py; name a new directory")
+        if read_run(out) is None:
+            raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
         if not args.overwrite:
-            go_on = "go on with it by --resume, " if (out / "state.pt").exists() else ""
-            raise UserError(f"there is a run in {out} already: {go_on}remove it by --overwrite, or give another --out")
-        for name in RUN_FILES:
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    options = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-    config = {"made_by": "distill.py", "torch": torch.__version__, "options": options, "settings": asdict(settings)}
-    save_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+            raise UserError(f"there is a run in {out}: go on with it by --resume, remove it by "
+                            "--overwrite, or give another --out")
+        for name in ("checkpoints", "samples", "student"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("lora.safetensors", "log.jsonl", "config.json"):
+            (out / name).unlink(missing_ok=True)
+    config = {"made_by": "distill.py", "torch": torch.__version__,
+              "fingerprints": fingerprints(args), "arguments": as_arguments(args)}
+    write_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
     (out / "log.jsonl").touch()
 
 
-@explained("a smaller --batch-size or --size, or --dtype bfloat16")
+@sampler.advise_on_errors("a smaller --batch-size or --size, --accumulate, "
+                          "--checkpoint-activations or --lora")
 def main():
+    """The command line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")     # RMSNorm under autocast, on purpose
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
     args = parse_arguments()
     if args.resume:
-        args = resumed(args)
-    check(args)
-    device = pick_device(args.device)
+        args = resumed_arguments(args, sys.argv[1:])
+    device = sampler.find_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    if device.type == "cpu" and args.dtype == "bfloat16" and not has_bfloat16_products():
-        warnings.warn("this processor multiplies bfloat16 slowly: --dtype float32 takes a fraction of the time")
-    prompts = read_prompts(args.prompts or BUNDLED / "prompts.txt")
-    if not prompts:
-        raise UserError(f"there is no prompt in {args.prompts}")
-    pipeline = load_pipeline(args.teacher, device)
+    sampler.keep_freed_memory()
+    prompts = PromptFile(args.prompts or BUNDLED / "prompts.txt")
+    processes = Processes(device)
+    if args.batch_size % processes.count:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared equally by "
+                        f"{processes.count} processes")
+    # Weights that are trained whole are float32, and the teacher is like them.
+    dtype = getattr(torch, args.dtype if args.lora or processes.count > 1 else "float32")
+    pipeline = sampler.load_pipeline(args.teacher or BUNDLED / "teacher", device, dtype)
     pipeline.size = args.size or pipeline.size
-    check_size(pipeline, pipeline.size, pipeline.size)
+    sampler.check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:
-        warnings.warn(f"the teacher is itself a student of {pipeline.trained_steps} steps: its guidance is spent, and CA has nothing to work with")
-    keep_freed_memory()
-    settings = settings_of(args, pipeline)
-    real = encode_images(pipeline, args.images) if args.images else None
-    prepare_folder(args, settings)
-    distil(pipeline, prompts, settings, args, real)
-    student = shlex.quote(str(Path(args.out) / "student"))
-    print(f"the student is in {student}, beside it samples and log. To sample it:\n"
-          f"    python sampler.py {shlex.quote(prompts[0])} --model {student}")
-    if args.prompts is None:
-        print(f"To score it beside its teacher on prompts neither has seen:\n"
-              f"    python tutorials/shapes/evaluate.py --model tutorials/shapes/teacher {student}")
+        warnings.warn("the teacher was distilled already: guidance changes it little, so CA has "
+                      "little effect", stacklevel=1)
+    settings = make_settings(args, pipeline)
+    if processes.rank == 0:
+        prepare_folder(args)
+    processes.from_first()
+    train(pipeline, prompts, settings, args)
+    if processes.rank == 0:
+        student = str(Path(args.out) / "student")
+        print(f"the student is in {student}; to sample it:\n"
+              f"    python sampler.py {prompts[0]!r} --model {student!r}")
 
 
 if __name__ == "__main__":

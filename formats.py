@@ -814,7 +814,10 @@ def check_settings(settings, path):
     for key, value in settings.items():
         if key not in SETTINGS:
             raise UserError(f"{path}: {key} is not known")
-        if not has_type(value, SETTINGS[key]) or value < 0:
+        kind = SETTINGS[key]
+        if key == "trained_steps" and isinstance(value, (list, tuple)):
+            kind = tuple              # a student for several numbers of steps
+        if not has_type(value, kind) or (kind is float and value < 0):
             raise UserError(f"{path}: {key} should be {TYPES[SETTINGS[key]]}, not {value!r}")
     return settings
 

@@ -1,49 +1,272 @@
-"""How the notebooks draw: one style, one palette, and the few figures that more than one of them needs."""
+"""How the pages draw: one color per thing, and the figures that stand in files.
 
+    python tutorials/figures.py --all            every figure of README and of the pages
+    python tutorials/figures.py film iteration   some of them, by name
+    python tutorials/figures.py --list           their names, and what each takes
+
+Drawings are in diagrams.py, the film is in films.py. `pages` runs the notebooks, which draw their
+own figures.
+"""
+
+import argparse
+import ast
 import inspect
+import re
+import subprocess
 import sys
+import textwrap
+import time
+import warnings
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import torch
-from IPython.display import Code
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tutorials" / "shapes")]
+IMAGES = ROOT / "tutorials" / "images"
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tutorials" / "cards")]
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#666666"
+import matplotlib  # noqa: E402
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+# Okabe and Ito's palette, which stays apart for color-blind readers.
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+SKY, YELLOW, GREY = "#56B4E9", "#F0E442", "#666666"
 PALETTE = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY]
 
+# One color per thing, in every figure. Samples off their arm and wrong pictures are RED.
+TEACHER, STUDENT, FAKE, CA, DM, WRONG, DATA = GREY, BLUE, PURPLE, ORANGE, GREEN, RED, "#BBBBBB"
+CLASSES = ["#332288", "#88CCEE", "#999933", "#882255", "#DDCC77"]    # where classes need colors
+
 plt.rcParams.update({
-    "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True, "font.size": 12, "axes.titlesize": 13, "axes.grid": True,
-    "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2,
-    "axes.prop_cycle": plt.cycler(color=PALETTE)})
+    "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
+    "font.size": 10, "axes.titlesize": 10.5, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.linewidth": 2, "axes.prop_cycle": plt.cycler(color=PALETTE), "svg.hashsalt": "z"})
+
+
+# --- For the pages --------------------------------------------------------------------------------
 
 
 def source(*functions):
-    """The project's own code of functions or classes, to be shown."""
-    return Code("\n\n".join(inspect.getsource(function).rstrip() for function in functions), language="python")
+    """Functions of the project, to be shown: a link, the docstring as text, and the code."""
+    from IPython.display import Markdown
+    parts = []
+    for function in map(inspect.unwrap, functions):      # decorated ones, too
+        code = textwrap.dedent(inspect.getsource(function)).rstrip()
+        docstring = ast.get_docstring(ast.parse(code).body[0], clean=False)
+        if docstring:
+            code = re.sub(r'\n +"""' + re.escape(docstring) + r'"""\n', "\n", code, count=1)
+        path = Path(inspect.getsourcefile(function)).relative_to(ROOT)
+        name = f"{path.stem}.{function.__name__}"
+        words = inspect.cleandoc(docstring or "").replace("*", r"\*").replace("_", r"\_")
+        words = [part if part.startswith(" ") else textwrap.fill(part, 86)
+                 for part in words.split("\n\n")]
+        parts.append(f"[{name}](../{path.as_posix()}#L{definition_line(function)})\n\n"
+                     + "\n\n".join(words) + "\n\n"
+                     f"```python\n{code}\n```")
+    return Markdown("\n\n".join(parts))
 
 
-def show_images(images, titles=None, columns=8, title=None, side=1.5):
+def definition_line(function):
+    """The line of `def` or `class`, decorators not counted."""
+    lines, start = inspect.getsourcelines(inspect.unwrap(function))
+    return start + next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
+
+
+def result(name, value, within):
+    """Prints a headline number, and how far another machine's may be from it; tests compare."""
+    print(f"{name} {'.' * max(3, 52 - len(name))} {value:.3f}  (within {within:g})")
+
+
+def check(name, mine, expected, within=1e-5):
+    """Says whether what you worked out is what the code computes."""
+    mine, expected = torch.as_tensor(mine).double(), torch.as_tensor(expected).double()
+    difference = (mine - expected).abs().max().item()
+    assert difference <= within, f"{name}: off by {difference:.3g}, more than {within:g}"
+    print(f"{name}: right, to {difference:.1g}")
+
+
+def clean(axis, title=None, limit=None):
+    """An axis for a picture in the plane: square, no ticks."""
+    axis.set(xticks=[], yticks=[], aspect="equal", title=title)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    if limit:
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit))
+
+
+def draw_arms(axis, title=None, limit=3.2):
+    """The pinwheel's arms in gray, where the data are."""
+    from pinwheel import ARMS, arm
+    u = torch.linspace(0, 1, 60)
+    for c in range(ARMS):
+        axis.plot(*arm(torch.full_like(u, c), u).T, color="#D4D4D4", lw=6, zorder=0,
+                  solid_capstyle="round")
+    clean(axis, title, limit)
+
+
+def draw_samples(axis, x, text, color=STUDENT, title=None, count=600, size=4, limit=3.2):
+    """Samples on the pinwheel; those off their own arm are red."""
+    from pinwheel import is_off
+    draw_arms(axis, title, limit)
+    x, off = x[:count], is_off(x[:count], text[:count])
+    for points, shade in ((x[~off], color), (x[off], WRONG)):
+        axis.scatter(*points.T, s=size, color=shade, linewidths=0, alpha=0.75)
+
+
+def show_images(images, titles=None, columns=8, title=None, side=1.4):
     """Pictures in a grid: PIL images, or a tensor (B, 3, H, W) in [0, 1]."""
     if isinstance(images, torch.Tensor):
         images = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + (0.35 if titles else 0)) * rows + (0.5 if title else 0)), squeeze=False)
+    height = (side + (0.3 if titles else 0.05)) * rows + (0.4 if title else 0)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for i, (axis, image) in enumerate(zip(axes.flat, images)):
+    for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image, interpolation="nearest")
         if titles:
-            axis.set_title(titles[i], fontsize=9)
+            axis.set_title(titles[i], fontsize=8)
     if title:
-        fig.suptitle(title)
+        figure.suptitle(title)
     plt.show()
 
 
-def scatter(axis, points, text=None, title=None, limit=2.6, size=4):
-    """2-D points (B, 2), coloured by class (B,), on square axes."""
-    axis.scatter(*points.T, s=size, alpha=0.5, linewidths=0, c=GREY if text is None else [PALETTE[int(i)] for i in text])
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title, xlabel="x", ylabel="y")
+# --- Cards ----------------------------------------------------------------------------------------
+
+
+def draw_cards(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
+    """Cards for prompts, (B, 3, 128, 128) in [0, 1]; the noise of prompt i is that of seed + i."""
+    from sampler import generate
+    parts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # a student is asked for other steps, too
+        for start in range(0, len(prompts), batch):
+            parts.append(generate(pipeline, prompts[start:start + batch], steps=steps,
+                                  guidance=guidance, seed=seed + start, output="tensor"))
+    return torch.cat(parts)
+
+
+def are_right(images, prompts):
+    """Which cards (B, 3, 128, 128) in [0, 1] show all that their prompt names -> list of bool."""
+    import data
+    import evaluate
+    import reader
+    readings = reader.read_all(evaluate.to_uint8(2 * images - 1), 1)
+    wanted = [data.parse(prompt) for prompt in prompts]
+    return [bool(evaluate.judge(*pair).get("joint", True))
+            for pair in zip(readings, wanted, strict=True)]
+
+
+def evaluations(steps, guidance):
+    """Calls of the network for one image: guidance makes two in each step."""
+    return steps * (2 if guidance else 1)
+
+
+def compare(prompts, rows, seed=0, side=1.0):
+    """Same prompts and noise in every row -> Figure. rows: (name, pipeline, steps, guidance).
+
+    The label gives the evaluations. The frame is green where evaluate.py reads the card as right.
+    """
+    figure, axes = plt.subplots(len(rows), len(prompts), squeeze=False, figsize=(
+        2.0 + side * len(prompts), 0.6 + (side + 0.08) * len(rows)))
+    for row, (name, pipeline, steps, guidance) in zip(axes, rows, strict=True):
+        images = draw_cards(pipeline, prompts, steps, guidance, seed)
+        right = are_right(images, prompts)
+        for axis, image, good in zip(row, images, right, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set(visible=True, color=DM if good else WRONG, linewidth=2.5)
+        words = f"{steps} guided step" if guidance else f"{steps} step"
+        row[0].set_ylabel(f"{name}\n{words}{'s' * (steps > 1)}\n{evaluations(steps, guidance)} "
+                          f"evaluations\n{sum(right)} of {len(prompts)} right",
+                          rotation=0, ha="right", va="center", fontsize=8.5)
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        axis.set_title(textwrap.fill(prompt, 17), fontsize=6.5)
+    return figure
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def save(figure, name, **options):
+    IMAGES.mkdir(exist_ok=True)
+    if name.endswith(".svg"):
+        options["metadata"] = {"Date": None}
+    figure.savefig(IMAGES / name, facecolor="white", **options)
+    plt.close(figure)
+
+
+def diagram(name):
+    import diagrams
+    save(getattr(diagrams, name)(), f"{name}.svg")
+
+
+def open_prompts(count):
+    """The first held-out English prompts that leave the ground, the word's place or ink open."""
+    import evaluate
+    from sampler import read_prompts
+    prompts = read_prompts(ROOT / "tutorials" / "cards" / "prompts_heldout.txt")
+    return [p for p in prompts if p.isascii() and "open" in evaluate.groups_of(p)][:count]
+
+
+def hero():
+    """Teacher and student at the same four evaluations, seeds 0 to 9, nothing picked."""
+    from sampler import load_pipeline
+    torch.set_num_threads(1)
+    teacher, student = (load_pipeline(ROOT / "tutorials" / "cards" / name)
+                        for name in ("teacher", "student"))
+    rows = [("teacher", teacher, 4, 0.0), ("teacher", teacher, 2, 2.0),
+            ("student", student, 4, 0.0), ("teacher", teacher, 16, 2.0)]
+    save(compare(open_prompts(10), rows), "hero.png", dpi=170)
+
+
+def film():
+    import films
+    films.pinwheel_film(IMAGES)
+
+
+def pages():
+    command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+FIGURES = {                                              # name: (how, what and how long)
+    "iteration": (lambda: diagram("iteration"), "one iteration of the method; 1 s"),
+    "networks": (lambda: diagram("networks"), "the three networks over time; 1 s"),
+    "schedules": (lambda: diagram("schedules"), "where CA and DM look; 1 s"),
+    "dit": (lambda: diagram("dit"), "prompt and latents become one sequence; 1 s"),
+    "block": (lambda: diagram("block"), "one block of the DiT; 1 s"),
+    "time_axis": (lambda: diagram("time_axis"), "the time axis; 1 s"),
+    "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
+    "hero": (hero, "teacher and student at equal evaluations; 30 s"),
+    "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF and strip; 1 minute"),
+    "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the figures of README and pages again.",
+                                     allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which figures; see --list")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--list", action="store_true", help="list the names and stop")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in FIGURES]
+    if unknown or not (args.names or args.all or args.list):
+        parser.error(f"there is no figure {unknown[0]}; --list names them" if unknown
+                     else "name some figures, or give --all or --list")
+    for name in FIGURES if args.all or args.list else args.names:
+        if args.list:
+            print(f"{name:12}{FIGURES[name][1]}")
+            continue
+        start = time.time()
+        FIGURES[name][0]()
+        print(f"{name:12}{time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

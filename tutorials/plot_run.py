@@ -1,96 +1,127 @@
-"""One picture of a run of distill.py: its training curves, and the same prompts drawn as the student learns.
+"""One picture of a run of distill.py: training curves, and the same prompts as the student learns.
 
     python tutorials/plot_run.py runs/student [--out FILE.png]        default: runs/student/run.png
 
-All of it is read from log.jsonl (distill.log_line says what a line holds) and samples/ of the run.
+All of it is read from log.jsonl and samples/ of the run.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from figures import BLUE, GREY, ORANGE, RED                   # it also puts the repository on the path
 from matplotlib.figure import Figure
-from convert_weights import UserError, is_number, read_json, run_command
-from distill import save_whole
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from convert_weights import UserError, is_number, read_json, run_command, write_whole
+from figures import CA, DM, FAKE, GREY, STUDENT
 from sampler import read_image
 
-STRIPS = 6                                                    # rows of samples, at most
-PANELS = [                                                    # title, what the axis measures, {curve: name in the log}
-    ("Losses", "mean square", {"student": "loss", "fake": "fake_loss", "discriminator": "discriminator_loss"}),
+STRIPS = 6                                                # rows of samples, at most
+PANELS = [                                                # title, unit, {curve: name in the log}
+    ("Losses", "mean square", {"student": "loss", "fake": "fake_loss"}),
     ("The two terms", "rms", {"DM, the shield": "dm_rms", "CA, the spear": "ca_rms"}),
     ("Shield beside spear", "rms(DM) / rms(CA)", {"DM / CA": "dm_over_ca"}),
     ("Direction of DM and CA", "cosine", {"cosine": "cosine"}),
     ("Spread of the outputs", "std / reference std", {"student": "std_ratio"}),
-    ("Learning rates", "rate", {"student": "lr", "fake or discriminator": "fake_lr"})]
+    ("Learning rates", "rate", {"student": "lr", "fake": "fake_lr"})]
+COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_lr": FAKE, "dm_over_ca": DM}
 NEEDED = ("iteration", "loss", "dm_rms", "ca_rms", "cosine", "std_ratio", "lr")
 
 
 def read_log(path):
-    """log.jsonl -> its lines as dicts. UserError names the first line that is not one of distill.py's."""
+    """log.jsonl -> its lines as dicts. UserError names the first one that is not distill.py's."""
     try:
-        lines, log = path.read_text(encoding="utf-8").splitlines(), []
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            log.append(json.loads(line))
-            if not all(map(is_number, [log[-1][name] for name in NEEDED] + list(log[-1].values()))):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}: line {number} is damaged, or not from distill.py") from None
-    if not log:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}") from None
+    if not lines:
         raise UserError(f"{path} is empty: the run has not logged anything yet")
-    return log
+    return [read_line(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_line(text, place):
+    """One line of the log -> dict."""
+    try:
+        line = json.loads(text)
+        good = all(map(is_number, [line[name] for name in NEEDED] + list(line.values())))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise UserError(f"{place} is damaged, or not from distill.py")
+    return line
 
 
 def read_strips(folder):
-    """Sample pictures of the run, the first, the last and some between -> {iteration: the first row of the grid}."""
-    files, strips = sorted(file for file in (folder / "samples").glob("*.png") if file.stem.isdecimal()), {}
-    for file in sorted({files[round(i * (len(files) - 1) / (STRIPS - 1))] for i in range(STRIPS)}) if files else ():
-        strips[int(file.stem)] = image = read_image(file)
-        if (folder / "student" / "config.json").exists():     # it knows how high a row is
-            row = read_json(folder / "student" / "config.json").get("size", image.height) + 2
-            strips[int(file.stem)] = image = image.crop((0, 0, image.width, min(row, image.height)))
+    """Sample pictures of the run, first, last and some between -> {iteration: the first row}."""
+    files = sorted(file for file in (folder / "samples").glob("*.png") if file.stem.isdecimal())
+    if not files:
+        return {}
+    chosen = {files[round(i * (len(files) - 1) / (STRIPS - 1))] for i in range(STRIPS)}
+    config, strips = folder / "student" / "config.json", {}
+    for file in sorted(chosen):
+        image = read_image(file)
+        if config.exists():                               # it knows how high a row is
+            row = read_json(config).get("size", image.height) + 2
+            image = image.crop((0, 0, image.width, min(row, image.height)))
         image.thumbnail((1600, 1600))
+        strips[int(file.stem)] = image
     return strips
+
+
+def draw_panel(axis, log, title, unit, names):
+    """One panel of curves. A term that was left out of the run is 0, and is not drawn."""
+    for label, name in names.items():
+        points = [(line["iteration"], line[name]) for line in log if line.get(name)]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=COLORS.get(name, STUDENT), label=label,
+                      marker="." if len(points) < 20 else None)
+    if title.startswith(("Spread", "Direction")):
+        axis.axhline(title.startswith("Spread"), color=GREY, linestyle="--", linewidth=1.5)
+    axis.set(title=title, xlabel="iteration", ylabel=unit)
+    axis.set_yscale("log" if unit == "rate" else "linear")
+    axis.locator_params("x", integer=True, nbins=5)
+    if len(names) > 1 and axis.lines:
+        axis.legend()
 
 
 def plot_run(folder):
     """The folder of a run of distill.py -> Figure."""
-    if not (folder := Path(folder)).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     log, strips = read_log(folder / "log.jsonl"), read_strips(folder)
-    heights = [6, sum(11.7 * strip.height / strip.width + 0.35 for strip in strips.values())][:1 + bool(strips)]     # inches
+    heights = [6.0]                                       # inches
+    if strips:
+        heights += [sum(11.7 * image.height / image.width + 0.35 for image in strips.values())]
     figure = Figure(figsize=(12, sum(heights)))
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     parts[0].suptitle(f"The run {folder.resolve().name}")
-    for axis, (title, unit, curves) in zip(parts[0].subplots(2, 3).flat, PANELS):
-        for (label, name), colour in zip(curves.items(), (BLUE, ORANGE, RED)):
-            points = [(line["iteration"], line[name]) for line in log if line.get(name)]       # a term that is left out is 0
-            if points:
-                axis.plot(*zip(*points), color=colour, label=label, marker="." if len(points) < 20 else None)
-        if title.startswith(("Spread", "Direction")):
-            axis.axhline(title.startswith("Spread"), color=GREY, linestyle="--", linewidth=1.5)
-        axis.set(title=title, xlabel="iteration", ylabel=unit, yscale="log" if unit == "rate" else "linear")
-        axis.locator_params("x", integer=True, nbins=5)
-        if len(curves) > 1 and axis.lines:
-            axis.legend()
-    for axis, (iteration, strip) in zip(parts[1].subplots(len(strips), squeeze=False)[:, 0] if strips else (), strips.items()):
-        axis.imshow(strip, interpolation="nearest" if strip.height < 100 else None)
-        axis.set(xticks=[], yticks=[], frame_on=False, title=f"Samples after iteration {iteration}")
+    for axis, panel in zip(parts[0].subplots(2, 3).flat, PANELS, strict=True):
+        draw_panel(axis, log, *panel)
+    if strips:
+        axes = parts[1].subplots(len(strips), squeeze=False)[:, 0]
+        for axis, (iteration, image) in zip(axes, strips.items(), strict=True):
+            axis.imshow(image, interpolation="nearest" if image.height < 100 else None)
+            axis.set(xticks=[], yticks=[], frame_on=False)
+            axis.set_title(f"Samples after iteration {iteration}")
     return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the curves and the samples of a run of distill.py.", allow_abbrev=False)
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Draw the curves and the samples of a run of distill.py.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_DIR", help="what was --out of distill.py")
     parser.add_argument("--out", metavar="FILE.png", help="default: run.png in RUN_DIR")
     args = parser.parse_args()
     out = Path(args.out or Path(args.run) / "run.png")
-    if out.suffix.lower() != ".png" or out.is_dir():          # never over a file of another kind
+    if out.suffix.lower() != ".png" or out.is_dir():      # never over a file of another kind
         raise UserError(f"--out should be the name of a .png file, not {out}")
-    save_whole(out, lambda part, figure=plot_run(args.run): figure.savefig(part, format="png", dpi=100))
+    figure = plot_run(args.run)
+    write_whole(out, lambda part: figure.savefig(part, format="png", dpi=100))
     print(out)
 
 

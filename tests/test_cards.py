@@ -1,0 +1,391 @@
+"""The cards world: drawings, captions and what they mean, tokens, the reader, its calibration."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+import captions
+import convert_weights
+import data
+import evaluate
+import painting
+import reader
+import sampler
+import world
+
+COUNT = 48
+
+
+def scenes(count=COUNT, seed=1, **options):
+    rng = np.random.default_rng(seed)
+    return [data.random_scene(rng, **options) for _ in range(count)]
+
+
+# --- Drawings and scenes ------------------------------------------------------------------------
+
+
+def test_same_seed_same_picture():
+    first, again = scenes(20), scenes(20)
+    assert first == again
+    for scene in first:
+        picture = data.draw(scene)
+        assert picture.shape == (data.SIDE, data.SIDE, 3)
+        assert picture.dtype == np.uint8
+        assert (picture == data.draw(scene)).all()
+
+
+def test_pictures_do_not_depend_on_earlier_ones():
+    several = scenes(6)
+    forward = [data.draw(scene) for scene in several]
+    backward = [data.draw(scene) for scene in reversed(several)][::-1]
+    assert all((a == b).all() for a, b in zip(forward, backward, strict=True))
+
+
+def test_ladder_turns_variety_off():
+    for scene in scenes(60, world=data.LADDER[1]):
+        assert scene.word == ""
+        assert scene.second is None
+        assert scene.card in world.COLORS
+        assert scene.side == "center" and scene.poses[0].tilt == 0
+        data.draw(scene)
+    for scene in scenes(60, world=data.LADDER[3]):
+        assert scene.card in world.COLORS
+        assert 1 <= len(scene.word) <= (3 if scene.word.isascii() else 2)
+        assert not set(scene.word) & set(world.DIGITS)
+    top = scenes(300)
+    assert {scene.card for scene in top} == set(world.CARDS)
+    assert any(scene.second for scene in top)
+    assert {len(scene.word) for scene in top} == {1, 2, 3, 4, 5}
+
+
+def test_held_out():
+    for scene in scenes(200):
+        assert not data.is_held_out(scene)
+        assert not data.word_held_out(scene.word)
+    for scene in scenes(100, held_out=True, unseen_words=True):
+        assert data.is_held_out(scene)
+        assert data.word_held_out(scene.word)
+    listed = [*world.UNSEEN_WORDS, *world.UNSEEN_HANZI_WORDS]
+    assert all(data.word_held_out(word) for word in listed)
+    assert not any(data.word_held_out(word) for word in [*world.WORDS, *world.HANZI_WORDS])
+    combinations = [data.combination_held_out(thing, card, ink) for thing in world.THINGS
+                    for card in world.CARDS for ink in world.INKS]
+    assert 0.10 < np.mean(combinations) < 0.15
+
+
+def test_all_words_can_be_spelled():
+    for word in [*world.WORDS, *world.UNSEEN_WORDS, *world.HANZI_WORDS, *world.UNSEEN_HANZI_WORDS]:
+        assert captions.spellable(word), word
+
+
+def test_words_stand_out():
+    """The darkest and lightest parts under a word differ enough from its ink, on every card."""
+    for card in world.CARDS:
+        for place in world.PLACES:
+            for ink in world.inks(card, place):
+                for seed in range(3):
+                    under = painting.draw_card(card, np.random.default_rng(seed))
+                    row = world.WORD_ROW[place]
+                    band = under[:, row - 20:row + 20].reshape(3, -1)
+                    distance = np.linalg.norm(band - np.array(world.INKS[ink])[:, None], axis=0)
+                    assert np.median(distance) > 90, (card, place, ink)
+
+
+def test_region_and_crop_lie_on_the_scene():
+    rng = np.random.default_rng(0)
+    for scene in scenes(30):
+        word, thing = data.text_region(scene)
+        assert word.shape == thing.shape == (16, 16)
+        rows = np.flatnonzero(word.any(1))
+        assert rows.min() * 8 <= scene.y <= rows.max() * 8 + 8
+        assert thing[scene.poses[0].y // 8, scene.poses[0].x // 8] == 1
+        row, column = data.crop_centre(scene, rng)
+        assert 0 <= row < data.SIDE and 0 <= column < data.SIDE
+
+
+# --- Captions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("step", list(data.LADDER))
+def test_captions_mean_what_they_name(language, step):
+    """`parse` finds in a caption exactly what `named` chose to say: nothing lost, nothing added."""
+    rng = np.random.default_rng(step)
+    for i in range(300):
+        scene = data.random_scene(rng, unseen_words=step > 2 and i % 2 == 1,
+                                  world=data.LADDER[step])
+        state = rng.bit_generator.state
+        text = data.caption(scene, rng, language)
+        rng.bit_generator.state = state
+        assert data.parse(text) == captions.named(scene, rng, 1 / 3), text
+        assert data.language_of(text) == language or not data.parse(text).keys() - {"word"}
+
+
+def test_captions_leave_out_a_third():
+    rng = np.random.default_rng(0)
+    named = [data.parse(data.caption(scene, rng)) for scene in scenes(600)]
+    for attribute in ("card", "ink", "place"):
+        assert 0.60 < np.mean([attribute in wanted for wanted in named]) < 0.74
+    assert 0.9 < np.mean(["word" in wanted for wanted in named]) < 0.97
+    everything = [data.caption(scene, rng, drop=0) for scene in scenes(60)]
+    for text in everything:
+        assert {"thing", "card", "ink", "place", "word", "size"} <= data.parse(text).keys()
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ('a panda on a red card with the word LOVE in white below it',
+     {"thing": "panda", "card": "red", "word": "LOVE", "ink": "white", "place": "below"}),
+    ("黄色卡片，兔子上面写着黑色的“福”",
+     {"thing": "rabbit", "card": "yellow", "word": "福", "ink": "black", "place": "above"}),
+    ("A tiny bunny by the ocean saying 'hi'",
+     {"thing": "rabbit", "size": "small", "card": "sea", "word": "HI"}),
+    ("Draw a large owl under the night sky, and write “HELLO” above it in yellow!",
+     {"thing": "owl", "size": "big", "card": "night", "word": "HELLO", "ink": "yellow",
+      "place": "above"}),
+    ("a cat above the word FUN", {"thing": "cat", "word": "FUN", "place": "below"}),
+    ("“春”下面是一只猫", {"thing": "cat", "word": "春", "place": "above"}),
+    ("a red apple on a white background", {"thing": "apple", "card": "white"}),
+    ("the letter A in blue", {"word": "A", "ink": "blue"}),
+    ("A Panda on a Blue card", {"thing": "panda", "card": "blue"}),
+    ("A fox in the desert", {"thing": "fox", "card": "desert"}),
+    ("夜空下左边有一个小小的火箭，下面写着白色的新年",
+     {"thing": "rocket", "card": "night", "side": "left", "size": "small", "place": "below",
+      "ink": "white", "word": "新年"}),
+    ("a fox on the right and a frog on the left in the snow",
+     {"thing": "frog", "second": "fox", "card": "snow"}),
+    ("红色的背景，有一只大熊猫和一个蛋糕，写着生日快乐",
+     {"thing": "panda", "second": "cake", "card": "red", "size": "big"}),
+    ("something else entirely", {})])
+def test_sentences_of_users(text, wanted):
+    assert data.parse(text) == wanted
+
+
+def test_scene_for_shows_what_is_named():
+    rng = np.random.default_rng(0)
+    for prompt in data.prompt_list(60, seed=3):
+        scene = data.scene_for(prompt, rng)
+        for attribute, name in data.parse(prompt).items():
+            assert getattr(scene, attribute) == name, prompt
+    assert data.scene_for("white 雪 on a white card", rng).ink == "white"
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.build_tokenizer()
+
+
+def test_every_piece_is_one_token(tokenizer):
+    pieces = data.vocabulary()
+    ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
+    assert all(len(i) == 1 for i in ids)
+    assert len({i[0] for i in ids}) == len(pieces)
+    assert set(world.CHARACTERS) <= set(pieces)
+
+
+def test_captions_are_short_and_spelled(tokenizer):
+    rng = np.random.default_rng(0)
+    for scene in scenes(200):
+        text = data.caption(scene, rng)
+        ids = tokenizer.encode(sampler.TEMPLATE.format(text), add_special_tokens=False).ids
+        assert len(ids) <= 32, text
+        tokens = [tokenizer.decode([i]) for i in ids]
+        # Nothing falls into bytes: every token is a piece, a mark or a sign of its own.
+        assert "\ufffd" not in "".join(tokens), text
+        if scene.word in text:
+            start = next(i for i in range(len(tokens))
+                         if tokens[i:i + len(scene.word)] == list(scene.word))
+            assert start
+
+
+def test_unknown_text_still_has_tokens(tokenizer):
+    for text in ("", "a kitten 鑫 ü 🙂\n\ttabs", "lower love", "PANDAS!", "x" * 500):
+        ids = tokenizer.encode(sampler.TEMPLATE.format(text), add_special_tokens=False).ids
+        decoded = tokenizer.decode(ids).replace(" ", "")
+        assert text.replace(" ", "").lower() in decoded.lower()
+
+
+def test_first_capitals_make_no_difference(tokenizer):
+    a, b = (tokenizer.encode(sampler.TEMPLATE.format(text)).ids
+            for text in ("A Panda on a Red card", "a panda on a red card"))
+    assert a == b
+    letter = tokenizer.encode(sampler.TEMPLATE.format("A in red above a panda")).tokens
+    assert "A" in letter
+
+
+def test_quoted_words_are_capitals(tokenizer):
+    for typed, meant in (('a cat and "Love" in red', 'a cat and "LOVE" in red'),
+                         ("一只猫写着“hi”", "一只猫写着“HI”"), ('"a" or "b"', '"A" or "B"')):
+        a, b = (tokenizer.encode(sampler.TEMPLATE.format(text)).ids for text in (typed, meant))
+        assert a == b
+
+
+def test_special_tokens(tokenizer):
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert [tokenizer.token_to_id(special) for special in specials] == [0, 1, 2]
+    assert tokenizer.encode(sampler.TEMPLATE.format("")).ids.count(1) == 2
+
+
+# --- Reading back -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return data.prompt_list(COUNT, seed=5)
+
+
+@pytest.fixture(scope="module")
+def drawn(prompts):
+    return evaluate.drawings(prompts, seed=3)                            # (48, 3, 128, 128)
+
+
+def blurred(images, radius):
+    pictures = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))
+                for image in evaluate.to_uint8(images)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_drawings_are_read_right(prompts, drawn):
+    row = evaluate.score(drawn, prompts)
+    for figure in ("joint", "thing", "card", "ink", "place", "word", "characters"):
+        assert row[figure] >= 0.98, (figure, row[figure])
+    assert row["strict"] > 0.95
+    assert row["frechet"] < 0.3
+    assert 0.9 < row["std_ratio"] < 1.1
+    for group in evaluate.GROUPS:
+        assert row[group]["joint"] >= 0.95
+        assert {"thing", "card", "ink", "place", "word", "characters"} <= row[group].keys()
+    assert row["en"]["count"] + row["zh"]["count"] == COUNT
+    assert row["open"]["count"] + row["given"]["count"] == COUNT
+
+
+def test_every_thing_card_and_ink_can_be_read():
+    rng = np.random.default_rng(7)
+    for i, thing in enumerate(world.THINGS):
+        card = world.CARDS[i % len(world.CARDS)]
+        scene = data.scene_for(f'a {thing} and "A1"', rng)
+        scene = scene._replace(card=card, ink=world.inks(card, scene.place)[-1])
+        reading = reader.read(data.draw(scene))
+        assert reading["thing"] == thing, (thing, card)
+        assert (reading["card"], reading["ink"]) == (card, scene.ink)
+
+
+def test_every_glyph_can_be_read():
+    rng = np.random.default_rng(7)
+    for font in world.FONTS:
+        for alphabet, length in ((world.LETTERS + world.DIGITS, 3), (world.HANZI, 2)):
+            for start in range(0, len(alphabet), length):
+                word = alphabet[start:start + length]
+                scene = data.scene_for(f'a cat on a white card with "{word}" in black', rng)
+                reading = reader.read(data.draw(scene._replace(font=font)))
+                assert (reading["word"], reading["strict"]) == (word, True), (word, font)
+
+
+def test_scores_fall_with_blur(prompts, drawn):
+    soft, gone = (evaluate.score(blurred(drawn[:16], radius), prompts[:16]) for radius in (3, 6))
+    assert soft["strict"] < 0.5 and soft["word"] < 0.85
+    assert gone["joint"] < 0.1 and gone["strict"] == 0
+    assert gone["frechet"] > soft["frechet"]
+
+
+def test_scores_fall_with_other_colors(prompts, drawn):
+    row = evaluate.score(drawn[:16, [2, 0, 1]], prompts[:16])
+    assert row["card"] < 0.4 and row["thing"] < 0.4 and row["joint"] < 0.15
+    gray = drawn[:16].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    gray = evaluate.score(gray, prompts[:16])
+    assert gray["saturation"] < 0.05 and gray["card"] < 0.4
+
+
+def test_misspelled_words_are_wrong(prompts):
+    rng, images, wanted = np.random.default_rng(2), [], []
+    for prompt in prompts:
+        word = data.parse(prompt).get("word", "")
+        if len(word) > 1 and word[0] != word[1]:
+            swapped = data.scene_for(prompt, rng)._replace(word=word[1] + word[0] + word[2:])
+            images.append(data.draw(swapped))
+            wanted.append(prompt)
+    row = evaluate.accuracy(reader.read_all(np.stack(images)), wanted)
+    assert row["word"] == row["joint"] == 0
+    assert row["characters"] < 0.6
+    assert row["thing"] > 0.95 and row["ink"] > 0.95
+
+
+def test_chance_on_noise_and_on_others_captions(prompts, drawn):
+    noise = torch.randn(16, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    row = evaluate.score(noise, prompts[:16])
+    assert row["joint"] == row["word"] == row["thing"] == 0
+    others = evaluate.score(drawn.roll(7, 0), prompts)
+    assert others["word"] < 0.1 and others["thing"] < 0.2 and others["joint"] < 0.1
+    assert 0.25 < others["place"] < 0.8
+
+
+def test_a_thing_that_was_not_asked_for_is_wrong():
+    rng = np.random.default_rng(0)
+    scene = data.scene_for('a panda and a fox on a red card with "HI"', rng)
+    readings = reader.read_all(np.stack([data.draw(scene)]))
+    assert evaluate.accuracy(readings, ["a panda"])["joint"] == 0
+    assert evaluate.accuracy(readings, ["a fox and a panda"])["joint"] == 1
+
+
+def test_many_processes_read_the_same(drawn):
+    pictures = evaluate.to_uint8(drawn[:32])
+    assert reader.read_all(pictures, workers=2) == [reader.read(picture) for picture in pictures]
+
+
+def test_frechet_of_known_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4000, 3, generator=generator, dtype=torch.double)
+    same = evaluate.frechet(a, a)
+    assert abs(same) < 1e-6
+    # |shift|^2 / trace = 3 * 4 / 3; scaling by s adds (s - 1)^2.
+    assert evaluate.frechet(a + 2, a) == pytest.approx(4, rel=0.1)
+    assert evaluate.frechet(3 * a, a) == pytest.approx(4, rel=0.15)
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+class FakePipeline:
+    steps, guidance, shift, vae = 4, 1.0, 3.0, None
+
+
+def run(monkeypatch, *arguments):
+    """The command with a perfect model in place of a checkpoint -> exit code."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr(sampler, "load_pipeline", lambda path: FakePipeline)
+    monkeypatch.setattr(evaluate, "reconstruct", lambda vae, images: (images, 40.0))
+    monkeypatch.setattr(evaluate, "sample_images", lambda pipeline, prompts, *options:
+                        evaluate.drawings(prompts, 5))
+    try:
+        convert_weights.run_command(evaluate.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_json(monkeypatch, tmp_path, capsys):
+    out, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(data.prompt_list(12, seed=1)) + "\n", encoding="utf-8")
+    assert run(monkeypatch, "--model", "x", "--steps", 2, "--guidance", 1, "--count", 10,
+               "--seed", 3, "--prompts", prompts, "--json", out) == 0
+    row = json.loads(out.read_text(encoding="utf-8"))
+    assert (row["model"], row["steps"], row["guidance"], row["count"]) == ("x", 2, 1.0, 10)
+    assert row["joint"] == 1.0
+    assert {"joint", "thing", "card", "ink", "place", "word", "characters", "frechet", "std_ratio",
+            "diversity", *evaluate.GROUPS} <= row.keys()
+    assert "| x, 2 steps, guidance 1 |" in capsys.readouterr().out
+
+
+def test_wrong_arguments(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "--model", "x", "--prompts", tmp_path / "none.txt") == 2
+    assert run(monkeypatch, "--model", "x", "--count", 0) == 2
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    assert run(monkeypatch, "--model", "x", "--prompts", empty) == 2
+    assert "empty.txt" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""Training of the cards model: every stage, resuming, workers, the loss, the optimizer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "tutorials" / "cards"
+sys.path[:0] = [str(CARDS), str(ROOT)]
+
+import data  # noqa: E402
+import sampler  # noqa: E402
+import train  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
+
+SMALL = train.Recipe(**{**train.SMOKE, "drawings": 16, "vae_drawings": 16, "vae_steps": 4,
+                        "vae_batch": 1, "steps": 5, "batch": 4, "probe_prompts": 0,
+                        "report_prompts": 0})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, str(CARDS / "train.py"), *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def drawn(recipe):
+    drawings = train.Drawings(recipe, data.build_tokenizer())
+    drawings.start(2)
+    drawings.wait(recipe.drawings)
+    return drawings
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    return drawn(SMALL)
+
+
+@pytest.fixture(scope="module")
+def teacher_inputs(drawings, tmp_path_factory):
+    """What the teacher's stage starts from: a run's folder with a finished VAE, and the cards."""
+    run = train.Run(str(tmp_path_factory.mktemp("cards")), torch.device("cpu"))
+    vae = train.train_vae(SMALL, run, drawings)
+    return vae, train.encode_cards(SMALL, run, vae, drawings)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(),
+                                                 strict=True))
+
+
+# --- Drawing ------------------------------------------------------------------------------------
+
+
+def test_drawings_do_not_depend_on_who_draws_them(drawings):
+    again = train.Drawings(SMALL, data.build_tokenizer())
+    again.draw_chunks(0, 1)
+    for name in ("pictures", "words", "ids", "lengths"):
+        assert (getattr(drawings, name) == getattr(again, name)).all(), name
+    assert len(np.unique(drawings.pictures.reshape(16, -1), axis=0)) == 16
+
+
+def test_captions_are_whole_and_those_of_the_card(drawings):
+    tokenizer = data.build_tokenizer()
+    assert drawings.lengths.min() > 6 and drawings.lengths.max() <= train.MAX_TOKENS
+    rng = np.random.default_rng((SMALL.seed, 1, 0))
+    scene = data.random_scene(rng)
+    for k in range(SMALL.captions):
+        caption = data.caption(scene, rng)
+        ids = drawings.ids[0, k, :drawings.lengths[0, k]].tolist()
+        template = sampler.TEMPLATE.format(caption)
+        assert ids == tokenizer.encode(template, add_special_tokens=False).ids
+    assert (drawings.pictures[0] == data.draw(scene)).all()
+    assert (drawings.words[0] == (data.text_region(scene, train.CELLS)[0] > 0)).all()
+
+
+def test_a_failed_process_ends_the_waiting():
+    class Broken(train.Drawings):
+        def draw(self, i, rng):
+            os._exit(1)
+    drawings = Broken(SMALL, data.build_tokenizer())
+    drawings.start(1)
+    with pytest.raises(RuntimeError):
+        drawings.wait(16)
+
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+
+def test_vae_has_the_shape_of_the_release_and_latents_of_unit_variance(teacher_inputs):
+    vae, cards = teacher_inputs
+    assert vae.config.downsampling == 8 and vae.config.latent_channels == 16
+    assert cards.latents.shape == (16, 16, train.CELLS, train.CELLS)
+    assert abs(cards.latents.float().std() - 1) < 0.05 and abs(cards.latents.float().mean()) < 0.05
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+def test_vae_loss_falls_and_counts_edges_more():
+    torch.manual_seed(0)
+    vae = train.VAE(train.vae_config())
+    images = torch.zeros(2, 3, 32, 32)
+    images[:, :, :, 16:] = 1
+    optimizer = torch.optim.Adam(vae.parameters(), 2e-3)
+    losses = []
+    for step in range(12):
+        loss = train.vae_loss(vae, images, train.seeded("cpu", step), 0.005)
+        losses.append(loss.item())
+        train.descend(loss, list(vae.parameters()), [optimizer])
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_crops_are_windows_of_the_images():
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
+    windows = train.crop(images, train.seeded("cpu", 1), 4)
+    for image, window in zip(images, windows, strict=True):
+        y, x = divmod(int(window[0, 0, 0] - image[0, 0, 0]), 8)
+        assert torch.equal(window, image[:, y:y + 4, x:x + 4])
+
+
+# --- Teacher ------------------------------------------------------------------------------------
+
+
+def test_muon_is_torch_muon():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 24), (24, 24), (48, 24), (24, 48))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    muons = (train.Muon(ours, lr=0.01),
+             torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for muon in muons:
+            muon.step()
+    for p, q, s in zip(ours, theirs, start, strict=True):      # PyTorch's multiplies in bfloat16
+        assert (p - q).norm() < 0.02 * (q - s).norm()
+
+
+def test_every_matrix_has_one_optimizer():
+    nets = train.build(SMALL, 50)
+    owned = [id(p) for optimizer in train.optimizers(nets, SMALL)
+             for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in nets.parameters())
+
+
+@pytest.mark.parametrize("lengths", [(5, 20, 32), (33, 40, 40)])
+def test_velocity_is_the_dit_of_the_encoded_caption(lengths):
+    nets = train.build(SMALL, 50)
+    for p in nets.parameters():                       # zeros at the start would hide a difference
+        torch.nn.init.normal_(p, std=0.1)
+    ids = torch.randint(50, (3, max(lengths)), generator=train.seeded("cpu", 1))
+    lengths = torch.tensor(lengths)
+    x = torch.randn(3, 16, 16, 16, generator=train.seeded("cpu", 2))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    tokens = 32 if max(lengths) <= 32 else 64
+    with torch.no_grad():
+        expected = nets["dit"](x, t, nets["text_encoder"](ids, lengths))
+        assert torch.allclose(train.velocity(nets, x, t, ids, lengths, tokens), expected, atol=1e-4)
+
+
+def test_times_are_spread_over_the_distribution():
+    t = train.random_times(1000, SMALL, train.seeded("cpu", 1))
+    normal = torch.logit(t)
+    assert abs(normal.mean() - SMALL.time_mean) < 0.02 and abs(normal.std() - SMALL.time_std) < 0.03
+    assert (t > 0).all() and (t < 1).all() and torch.equal(t, t.sort().values)
+
+
+def test_some_captions_are_empty(teacher_inputs):
+    _, cards = teacher_inputs
+    run = train.Run("", torch.device("cpu"))
+    recipe = train.replace(SMALL, batch=2000)
+    loss = train.FlowLoss(recipe, run, None, cards, [1, 2, 3])
+    index, ids, lengths = loss.draw(train.seeded("cpu", 1))
+    empty = lengths == 3
+    assert 0.07 < empty.float().mean() < 0.13
+    assert (ids[empty][:, :3] == torch.tensor([1, 2, 3])).all() and (ids[empty][:, 3:] == 0).all()
+    for i in torch.nonzero(~empty)[:20, 0]:
+        assert any(torch.equal(ids[i], caption.long()) for caption in cards.ids[index[i]])
+
+
+def test_the_rate_warms_up_and_ends_at_zero():
+    rates = [train.learning_rate(step, progress, SMALL)
+             for step, progress in ((1, 0.0), (500, 0.1), (900, 0.5), (950, 0.75), (1000, 1.0))]
+    assert rates == [0.01, 1, 1, 0.5, 0]
+
+
+def test_training_resumes(tmp_path, teacher_inputs, drawings):
+    def run_to(name, *stops):
+        for stop in stops:
+            run = train.Run(str(tmp_path / name), torch.device("cpu"), stop_after=stop)
+            Path(run.out).mkdir(exist_ok=True)
+            vae = train.train_vae(SMALL, run, drawings)
+            tokenizer = data.build_tokenizer()
+            model, complete = train.train_teacher(SMALL, run, tokenizer, teacher_inputs[0],
+                                                  teacher_inputs[1])
+        return vae, model.nets, complete
+
+    whole_vae, whole, complete = run_to("whole", None)
+    vae, nets, complete_too = run_to("resumed", 2, 3, None)
+    assert complete and complete_too and equal(vae, whole_vae) and equal(nets, whole)
+    assert not equal(nets, train.build(SMALL, data.build_tokenizer().get_vocab_size()))
+
+
+def test_a_stage_is_as_long_as_its_time(tmp_path):
+    run = train.Run(str(tmp_path), torch.device("cpu"))
+    stage = train.Stage(run, "nothing", minutes=0.002, steps=0)
+    progress = list(stage)
+    assert stage.complete and progress == sorted(progress) and progress[-1] < 1
+    assert stage.seconds() >= 0.12 and stage.step == len(progress)
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+def test_smoke_run_with_two_workers(tmp_path):
+    out = tmp_path / "run"
+    options = ("--smoke", "--workers", 2, "--set", "drawings=64", "vae_steps=2", "vae_batch=1",
+               "report_prompts=2", "probe_prompts=2")
+    done = command("--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"start", "vae", "teacher", "probe", "report"} <= {line["stage"] for line in log}
+    rows = json.loads((out / "report.json").read_text())
+    assert {row["prompts"] for row in rows} == {"open", "given"}
+    assert {row["steps"] for row in rows} >= {1, 2}
+    pipeline = sampler.load_pipeline(out / "teacher")
+    assert (pipeline.size, pipeline.steps, pipeline.guidance) == (128, 2, 2.0)
+    image, = sampler.generate(pipeline, "a panda on a red card")
+    assert image.size == (128, 128)
+
+
+@pytest.mark.parametrize("options", [
+    ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
+    ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2")])
+def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
+    with pytest.raises(train.UserError):
+        train.main()
+    assert not (tmp_path / "run").exists()

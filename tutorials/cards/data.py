@@ -1,0 +1,285 @@
+"""Cards: a small world to distill on. A picture of a thing, and a word written on it.
+
+    scene = random_scene(rng)      what is in the picture, and where exactly
+    draw(scene)                    (128, 128, 3) uint8
+    caption(scene, rng)            `a panda by the sea with the word "LOVE" in white below it`
+    parse(text)                    {"thing": "panda", "card": "sea", "word": "LOVE", ...}
+
+Thing, card, word, ink and places are independent of each other. A caption leaves some of them out,
+and then any picture that shows what is named is right. Tilt, mirroring, font and light are never
+named. One in eight combinations of thing, card and ink is never in a training picture, nor is one
+in eight words.
+
+    python tutorials/cards/data.py         writes prompts_heldout.txt beside this file
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from captions import build_tokenizer, caption, language_of, parse, vocabulary
+from painting import draw, layout, word_width
+from world import (
+    ATTRIBUTES,
+    CARDS,
+    COLORS,
+    DIGITS,
+    FONTS,
+    HANZI,
+    HANZI_WORDS,
+    INKS,
+    JITTER,
+    LADDER,
+    LANDSCAPES,
+    LETTERS,
+    PAIR_COLUMNS,
+    PIXELS,
+    PLACES,
+    SIDE,
+    SIDE_COLUMN,
+    SIDES,
+    SIZES,
+    THING_ROW,
+    THINGS,
+    TILTS,
+    UNSEEN_HANZI_WORDS,
+    UNSEEN_WORDS,
+    WORD_ROW,
+    WORDS,
+    WORLD,
+    World,
+    inks,
+    pick,
+)
+
+__all__ = [
+    "ATTRIBUTES", "LADDER", "SIDE", "WORLD", "Pose", "Scene", "World", "build_tokenizer", "caption",
+    "crop_centre", "draw", "is_held_out", "language_of", "parse", "prompt_list", "random_scene",
+    "scene_for", "text_region", "vocabulary", "word_held_out"]
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# --- What is held out ---------------------------------------------------------------------------
+
+
+def combination_held_out(thing, card, ink):
+    """Whether this combination is kept out of training: one in eight, every pair is seen."""
+    numbers = list(THINGS).index(thing), CARDS.index(card), list(INKS).index(ink)
+    return (5 * numbers[0] + 3 * numbers[1] + 2 * numbers[2]) % 8 == 0
+
+
+def word_held_out(word):
+    """Whether this word is kept out of training: those listed, and one other string in eight."""
+    if len(word) < 2 or word in WORDS or word in HANZI_WORDS:
+        return False
+    number = 7
+    for character in word:
+        number = (number * 131 + ord(character)) % 1_000_003
+    return word in UNSEEN_WORDS or word in UNSEEN_HANZI_WORDS or number % 8 == 0
+
+
+# --- Scenes -------------------------------------------------------------------------------------
+
+
+class Pose(NamedTuple):
+    """Where and how a thing lies: its center and size in pixels, its tilt in degrees."""
+    x: int
+    y: int
+    size: int
+    tilt: int
+    mirrored: bool
+
+
+class Scene(NamedTuple):
+    """One picture. First what captions may name, then what they never do."""
+    thing: str
+    second: str | None          # a second thing, right of the first one
+    card: str                      # a name of CARDS
+    word: str
+    ink: str
+    place: str                     # "above" or "below": the word, seen from the thing
+    side: str | None            # of a single thing
+    size: str
+    poses: tuple                   # one Pose a thing
+    x: int                         # center of the word
+    y: int
+    font: str
+    seed: int                      # of the card's texture and light, or of the landscape
+
+
+def wander(rng, kind, world):
+    columns, rows = JITTER[kind]
+    columns, rows = round(columns * world.jitter), round(rows * world.jitter)
+    return int(rng.integers(-columns, columns + 1)), int(rng.integers(-rows, rows + 1))
+
+
+def random_word(rng, unseen=False, world=WORLD):
+    """A third from the lists of words, two thirds random strings, so that spelling is learned.
+
+    `unseen`: a word that training never shows.
+    """
+    latin = world.letters and (not world.hanzi or rng.random() < 0.6)
+    longest = world.letters if latin else world.hanzi
+    if not longest:
+        return ""
+    if unseen and longest == 1:
+        raise ValueError("words of one character are never held out")
+    lists = (UNSEEN_WORDS, UNSEEN_HANZI_WORDS) if unseen else (WORDS, HANZI_WORDS)
+    while True:
+        if rng.random() < 1 / 3:
+            word = pick(rng, lists[0] if latin else lists[1])
+        else:
+            word = random_string(rng, latin, longest, world.digits)
+        digits = any(c in DIGITS for c in word)
+        if len(word) <= longest and (world.digits or not digits) and word_held_out(word) == unseen:
+            return word
+
+
+def random_string(rng, latin, longest, digits):
+    # Longer words are rarer by themselves in the lists, and harder: they come more often here.
+    shares = np.arange(1, longest + 1) ** 0.7
+    length = int(rng.choice(longest, p=shares / shares.sum())) + 1
+    alphabet = LETTERS if latin else HANZI
+    if latin and digits and rng.random() < 0.25:
+        alphabet = DIGITS if rng.random() < 0.6 else LETTERS + DIGITS
+    return "".join(pick(rng, alphabet) for _ in range(length))
+
+
+def random_scene(rng, held_out=False, unseen_words=False, world=WORLD):
+    """A scene of the training distribution, or one that training never shows.
+
+    rng: numpy Generator. held_out: with a combination of thing, card and ink out of the held-out
+    ones. unseen_words: with a word out of the held-out ones.
+    """
+    while True:
+        scene = compose({}, rng, world, unseen_words)
+        if is_held_out(scene) == held_out:
+            return scene
+
+
+def is_held_out(scene):
+    """Whether training avoids the scene, for one of its things with this card and ink."""
+    things = [thing for thing in (scene.thing, scene.second) if thing]
+    return any(combination_held_out(thing, scene.card, scene.ink) for thing in things)
+
+
+def scene_for(prompt, rng, world=WORLD):
+    """A scene that shows what the prompt names, the rest left to chance."""
+    return compose(parse(prompt), rng, world)
+
+
+def card_and_ink(card, ink, place, rng, world):
+    """Draws whichever of the two is None, so that the ink can be read."""
+    while card is None:
+        card = pick(rng, list(LANDSCAPES if rng.random() < world.landscapes else COLORS))
+        if ink is not None and ink not in inks(card, place):
+            card = None
+    return card, ink or pick(rng, inks(card, place))
+
+
+def random_things(wanted, rng, world):
+    """The one or two things of a picture -> (thing, second or None)."""
+    things = list(THINGS)[:world.things]
+    thing, second = wanted.get("thing"), wanted.get("second")
+    if thing is None:
+        thing = pick(rng, things)
+        # A caption that names one thing means one. A side is that of a single thing.
+        if "side" not in wanted and rng.random() < world.two_things:
+            second = pick(rng, [name for name in things if name != thing])
+    return thing, second
+
+
+def compose(wanted, rng, world=WORLD, unseen_words=False):
+    """Names that are wanted, {attribute: name} -> Scene with everything else drawn at random."""
+    thing, second = random_things(wanted, rng, world)
+    place = wanted.get("place") or pick(rng, list(PLACES))
+    card, ink = card_and_ink(wanted.get("card"), wanted.get("ink"), place, rng, world)
+    word = wanted.get("word")
+    if word is None:
+        word = random_word(rng, unseen_words, world)
+    size = wanted.get("size") or (pick(rng, list(SIZES)) if world.sizes else "big")
+    side, columns, kind = None, PAIR_COLUMNS, "pair"
+    if second is None:
+        side = wanted.get("side") or (pick(rng, list(SIDES)) if world.sides else "center")
+        columns, kind = (SIDE_COLUMN[side],), "small" if size == "small" else "thing"
+    poses = tuple(random_pose(c, THING_ROW[place], size, kind, rng, world) for c in columns)
+    dx, dy = wander(rng, "word", world)
+    room = (SIDE - word_width(word)) // 2 - 4       # a long word stays clear of the edges
+    dx = int(np.clip(dx, -room, room))
+    font = pick(rng, FONTS) if world.fonts else FONTS[0]
+    return Scene(thing, second, card, word, ink, place, side, size, poses, SIDE // 2 + dx,
+                 WORD_ROW[place] + dy, font, int(rng.integers(2 ** 31)))
+
+
+def random_pose(column, row, size, kind, rng, world):
+    dx, dy = wander(rng, kind, world)
+    tilt = pick(rng, TILTS) if world.tilts else 0
+    mirrored = bool(rng.integers(2)) if world.mirrors else False
+    return Pose(column + dx, row + dy, PIXELS[size], tilt, mirrored)
+
+
+# --- For training: where to look ----------------------------------------------------------------
+
+
+def text_region(scene, cells=16):
+    """Which cells of a (cells, cells) grid show the word or a thing: two float32 masks, 0 or 1.
+
+    For weighting a loss: 1 + a * word + b * thing.
+    """
+    word, thing = np.zeros((2, cells, cells), np.float32)
+    step = SIDE / cells
+
+    def mark(mask, y, x, height, width):
+        top, left = max(int((y - height / 2) / step), 0), max(int((x - width / 2) / step), 0)
+        bottom, right = int(np.ceil((y + height / 2) / step)), int(np.ceil((x + width / 2) / step))
+        mask[top:bottom, left:right] = 1
+
+    if scene.word:
+        height = layout(scene.word)[2]
+        mark(word, scene.y, scene.x, height, word_width(scene.word))
+    for pose in scene.poses:
+        mark(thing, pose.y, pose.x, pose.size, pose.size)
+    return word, thing
+
+
+def crop_centre(scene, rng):
+    """A point (row, column) to cut a training crop around: mostly a character, else a thing."""
+    chance = rng.random()
+    if scene.word and chance < 0.6:
+        columns, _, height = layout(scene.word)
+        column = scene.x + pick(rng, columns)
+        return scene.y + int(rng.integers(-height // 3, height // 3 + 1)), column
+    if chance < 0.9:
+        pose = pick(rng, scene.poses)
+        reach = pose.size // 3
+        dy, dx = rng.integers(-reach, reach + 1, 2)
+        return pose.y + int(dy), pose.x + int(dx)
+    row, column = rng.integers(0, SIDE, 2)
+    return int(row), int(column)
+
+
+# --- Prompt lists -------------------------------------------------------------------------------
+
+
+def prompt_list(count, seed, held_out=True, unseen_words=None, drop=1 / 3, world=WORLD):
+    """`count` different captions, every other one Chinese.
+
+    unseen_words: True, False, or None for both in turn, two prompts of each.
+    """
+    rng, prompts = np.random.default_rng(seed), {}
+    while len(prompts) < count:
+        unseen = len(prompts) // 2 % 2 == 1 if unseen_words is None else unseen_words
+        scene = random_scene(rng, held_out, unseen, world)
+        prompts[caption(scene, rng, ("en", "zh")[len(prompts) % 2], drop)] = None
+    return list(prompts)
+
+
+def main():
+    path = os.path.join(HERE, "prompts_heldout.txt")
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.write("\n".join(prompt_list(1000, seed=2)) + "\n")
+    os.replace(path + ".part", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Scores checkpoints of the cards world: what was asked for against what is read in the pictures.
+
+    python tutorials/cards/evaluate.py                                 the bundled checkpoints
+    python tutorials/cards/evaluate.py --model DIR --steps 1 4 16 --guidance 0 2 --json OUT
+
+Accuracies count, of the prompts that name an attribute, the share whose picture shows it; `joint`
+wants everything that the prompt names. `strict` wants the word right and every glyph of it clean.
+`frechet` is the Frechet distance between features of the pictures and of drawings for the same
+prompts, divided by the drawings' total variance: 0 is the same distribution, 1 is as far as the
+drawings spread. Features are mean colors and fixed random filters, never trained. `std_ratio`
+and `saturation` compare contrast and color with those of the drawings, and `diversity` how far the
+pictures of one prompt differ: 1 is as in the drawings.
+Every figure is given again for `unseen_words` (the word is held out of training), `en`, `zh`,
+`open` (place, card or ink is left to the model) and `given` (everything is named).
+"""
+
+import argparse
+import json
+import os
+import sys
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # pictures are read on all cores, one each
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
+
+import data  # noqa: E402
+import reader  # noqa: E402
+import sampler  # noqa: E402
+from convert_weights import UserError, run_command  # noqa: E402
+
+GROUPS = ("unseen_words", "en", "zh", "open", "given")
+FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
+           "strict", "frechet", "std_ratio", "saturation")
+
+# --- Right or wrong -----------------------------------------------------------------------------
+
+
+def judge(reading, wanted):
+    """What was read and what a prompt names -> {attribute: right or not}, and "joint", "strict".
+
+    A prompt that names one thing wants no second one; the order of two things is free.
+    """
+    hits = {a: reading[a] == name for a, name in wanted.items() if a not in ("thing", "second")}
+    shown = {reading["thing"], reading["second"]} - {None}
+    named = {wanted.get("thing"), wanted.get("second")} - {None}
+    if "second" in wanted:
+        hits |= {"thing": wanted["thing"] in shown, "second": wanted["second"] in shown}
+    elif named:
+        hits["thing"] = shown == named
+    if hits:
+        hits["joint"] = all(hits.values())
+    if "word" in wanted:
+        hits["strict"] = hits["word"] and reading["strict"]
+    return hits
+
+
+def right_characters(read, wanted):
+    """Characters right in their place, and how many there are: of the longer of the two words."""
+    return sum(a == b for a, b in zip(read, wanted, strict=False)), max(len(read), len(wanted))
+
+
+def accuracy(readings, prompts):
+    """{attribute, "characters", "joint" or "strict": share right}; nan where no prompt names it."""
+    counts = {name: [] for name in (*data.ATTRIBUTES, "joint", "strict")}
+    characters = np.zeros(2)
+    for reading, prompt in zip(readings, prompts, strict=True):
+        wanted = data.parse(prompt)
+        for name, hit in judge(reading, wanted).items():
+            counts[name].append(hit)
+        if "word" in wanted:
+            characters += right_characters(reading["word"], wanted["word"])
+    shares = {name: float(np.mean(hits)) if hits else float("nan") for name, hits in counts.items()}
+    share = float(characters[0] / characters[1]) if characters[1] else float("nan")
+    return shares | {"characters": share}
+
+
+def groups_of(prompt):
+    """The names of GROUPS that a prompt belongs to."""
+    wanted = data.parse(prompt)
+    missing = [a for a in ("place", "card", "ink") if a not in wanted]
+    return {data.language_of(prompt),
+            "open" if missing else "given",
+            "unseen_words" if data.word_held_out(wanted.get("word", "")) else ""}
+
+
+# --- Distributions ------------------------------------------------------------------------------
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def features(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, 144), fixed features.
+
+    Mean colors of a 4 x 4 grid (48), and of each quarter the mean response of 24 random 5 x 5
+    filters that see no flat color (96), at half the resolution, after ReLU and scaled to weigh
+    about as much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    filters = torch.randn(24, 3, 5, 5, generator=generator)
+    filters -= filters.mean((2, 3), keepdim=True)
+    parts = []
+    for part in images.split(100):
+        pixels = part.float().cpu().clamp(-1, 1)
+        outlines = F.relu(F.conv2d(F.avg_pool2d(pixels, 2), filters))
+        parts.append(torch.cat((F.adaptive_avg_pool2d(pixels, 4).flatten(1),
+                                2 * F.adaptive_avg_pool2d(outlines, 2).flatten(1)), 1))
+    return torch.cat(parts)
+
+
+def frechet(a, b):
+    """Features (N, D) and (M, D) -> Frechet distance of their Gaussians, over b's total variance.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (B^1/2 A B^1/2)^1/2); nan for fewer than two rows.
+    """
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_b)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_a @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return float(distance / cov_b.trace())
+
+
+def saturation(images):
+    """Mean difference between the strongest and the weakest channel, 0 to 1."""
+    clipped = images.float().clamp(-1, 1)
+    return float((clipped.amax(1) - clipped.amin(1)).mean() / 2)
+
+
+def drawings(prompts, seed):
+    """One drawing for each prompt, (B, 3, 128, 128) in [-1, 1]: what a perfect model samples."""
+    rng = np.random.default_rng(seed)
+    pictures = np.stack([data.draw(data.scene_for(prompt, rng)) for prompt in prompts])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def score(images, prompts, real=None, workers=None):
+    """Pictures (B, 3, 128, 128) in [-1, 1], unclamped, and their prompts -> {figure: value}.
+
+    Each of GROUPS that has prompts is a dictionary of the same figures. real: drawings for the same
+    prompts to compare with, made when it is None. workers: processes that read pictures.
+    """
+    real = drawings(prompts, 1) if real is None else real
+    readings = reader.read_all(to_uint8(images), workers)
+    rows = {"images": images.float().cpu(), "real": real, "features": features(images),
+            "real_features": features(real)}
+    row = figures(readings, prompts, rows, list(range(len(prompts))))
+    groups = [groups_of(prompt) for prompt in prompts]
+    for name in GROUPS:
+        chosen = [i for i, group in enumerate(groups) if name in group]
+        if chosen:
+            row[name] = figures(readings, prompts, rows, chosen)
+    return row
+
+
+def figures(readings, prompts, rows, chosen):
+    """All figures over the chosen prompts."""
+    images, real = rows["images"][chosen], rows["real"][chosen]
+    row = accuracy([readings[i] for i in chosen], [prompts[i] for i in chosen])
+    return {"count": len(chosen)} | row | {
+        "frechet": frechet(rows["features"][chosen], rows["real_features"][chosen]),
+        "std_ratio": float(images.std() / real.std()),
+        "saturation": saturation(images) / saturation(real)}
+
+
+# --- Sampling -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
+    """Prompts -> latents (B, C, h, w). The noise of prompt i depends on seed, i and batch alone."""
+    latents, device = [], next(pipeline.dit.parameters()).device
+    channels, side = pipeline.dit.config.in_channels, data.SIDE // pipeline.vae.config.downsampling
+    times = sampler.time_schedule(steps, pipeline.shift)
+    generator = torch.Generator().manual_seed(seed)
+    negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
+    title = f"{steps} steps, guidance {guidance:g}"
+    for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
+        part = prompts[start:start + batch]
+        noise = torch.randn(len(part), channels, side, side, generator=generator).to(device)
+        text = sampler.encode_prompts(pipeline, part)
+        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance,
+                                      negative=negative))
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode(vae, latents, batch=20):
+    """Latents -> unclamped pictures (B, 3, 128, 128) on the CPU."""
+    weights = next(vae.parameters())
+    images = [vae.decode(part.to(weights)).float().cpu() for part in latents.split(batch)]
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def encode(vae, images, batch=20):
+    """Pictures (B, 3, 128, 128) in [-1, 1] -> latents (B, C, h, w)."""
+    weights = next(vae.parameters())
+    return torch.cat([vae.encode(part.to(weights)) for part in images.split(batch)])
+
+
+def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
+    """Prompts -> unclamped pictures (B, 3, 128, 128) on the CPU; the noise is sample_latents'."""
+    return decode(pipeline.vae, sample_latents(pipeline, prompts, steps, guidance, seed, batch))
+
+
+def reconstruct(vae, images):
+    """Pictures (B, 3, H, W) in [-1, 1] -> unclamped reconstructions, and their mean PSNR in dB."""
+    out = decode(vae, encode(vae, images))
+    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return out, float((10 * torch.log10(4 / error)).mean())
+
+
+OPEN_PROMPTS = ("a panda with the word LOVE", 'the word "HI" above a rocket', "海边有一只小狗",
+                "红色的“福”", "a small cat on a blue card", "夜空下，写着“快乐”")
+DIVERSITY_SEEDS = 16
+
+
+def spread(images):
+    """Root mean square distance of pictures (B, 3, H, W) in [-1, 1] from their mean picture."""
+    clipped = images.float().clamp(-1, 1)
+    return float((clipped - clipped.mean(0)).square().mean().sqrt())
+
+
+def diversity(pipeline, steps, guidance, seed=1):
+    """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings."""
+    ratios = []
+    for prompt in OPEN_PROMPTS:
+        prompts = [prompt] * DIVERSITY_SEEDS
+        images = sample_images(pipeline, prompts, steps, guidance, seed)
+        ratios.append(spread(images) / spread(drawings(prompts, seed)))
+    return float(np.mean(ratios))
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, not {value}")
+    return value
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description="Score cards checkpoints; print a markdown table.", allow_abbrev=False)
+    folders = [os.path.join(HERE, name) for name in ("teacher", "student")]
+    bundled = [folder for folder in folders if os.path.exists(folder)]
+    parser.add_argument("--model", nargs="+", default=bundled, metavar="DIR",
+                        help="one or several checkpoint folders (default: the bundled ones)")
+    parser.add_argument("--steps", type=positive, nargs="+", metavar="N",
+                        help="one or several numbers of steps (default: the checkpoint's)")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="G",
+                        help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
+    parser.add_argument("--count", type=positive, default=200, metavar="K",
+                        help="number of prompts (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S",
+                        help="of the noise, and of the prompts without a file (default: 0)")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help="one prompt a line; the first K (default: K held-out prompts)")
+    parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
+    return parser.parse_args()
+
+
+def prompts_for(args):
+    if args.prompts is None:
+        return data.prompt_list(args.count, seed=[args.seed, 2])
+    prompts = sampler.read_prompts(args.prompts)[:args.count]
+    if not prompts:
+        raise UserError(f"{args.prompts} has no prompts in it")
+    return prompts
+
+
+def table_row(name, row):
+    values = [row.get(figure, float("nan")) for figure in (*FIGURES, "diversity")]
+    return f"| {name} | " + " | ".join("" if np.isnan(v) else f"{v:.3f}" for v in values) + " |"
+
+
+def print_rows(name, row):
+    print(table_row(name, row))
+    for group in GROUPS:
+        if group in row:
+            title = f"- {group.replace('_', ' ')} ({row[group]['count']})"
+            print(table_row(title, row[group]), flush=True)
+
+
+def without_nan(value):
+    """nan is no JSON: null takes its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def write_json(path, rows):
+    """One run is one object; several are a list."""
+    rows = [without_nan(row) for row in rows]
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(rows[0] if len(rows) == 1 else rows, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+    os.replace(path + ".part", path)
+
+
+def runs(args, pipelines):
+    for model, pipeline in zip(args.model, pipelines, strict=True):
+        for steps in args.steps or [pipeline.steps]:
+            for guidance in [pipeline.guidance] if args.guidance is None else args.guidance:
+                yield model, pipeline, steps, guidance
+
+
+def main():
+    args = arguments()
+    if not args.model:
+        raise UserError("no checkpoint is bundled; name one with --model")
+    prompts = prompts_for(args)
+    pipelines = [sampler.load_pipeline(model) for model in args.model]
+    real = drawings(prompts, args.seed + 1)
+    print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
+    row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
+    print(table_row("drawings", row))
+    rebuilt, decibels = reconstruct(pipelines[0].vae, real)
+    print(table_row(f"VAE, {decibels:.1f} dB", score(rebuilt, prompts, real)), flush=True)
+    rows = []
+    for model, pipeline, steps, guidance in runs(args, pipelines):
+        images = sample_images(pipeline, prompts, steps, guidance, args.seed)
+        row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed}
+        row |= score(images, prompts, real) | {"diversity": diversity(pipeline, steps, guidance)}
+        print_rows(f"{os.path.relpath(model)}, {steps} steps, guidance {guidance:g}", row)
+        rows.append(row)
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,301 @@
+"""The claims of the paper on the cards: distils a student for each variant and seed, and scores it.
+
+    python tutorials/cards/sweep.py --out runs/sweep --workers 2         goes on where it stopped
+    python tutorials/cards/sweep.py --out runs/sweep --table             the table of what is there
+    python tutorials/cards/sweep.py --list                               the variants
+
+Options of distill.py may follow, for every run: --iterations 300 --batch-size 32 --device cuda.
+Each student is scored by evaluate.py's functions on held-out prompts, at one or several numbers of
+steps. --out/results.jsonl has a line for each variant, seed and number of steps. The table has the
+mean over seeds, and in brackets half the distance between the lowest and the highest seed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+
+import data  # noqa: E402
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import sampler  # noqa: E402
+import shields  # noqa: E402
+from convert_weights import Parser, UserError, number, run_command  # noqa: E402
+from distill import cfg_augmentation, data_estimate, no_dm, renoise, time_schedule  # noqa: E402
+
+# --- What a variant changes beside options: (pipeline, args) -> arguments of distill.train ------
+
+
+def nothing(pipeline, args):
+    return {}
+
+
+def real_latents(pipeline, count=512):
+    """Latents of drawings, for the shields that need real data."""
+    images = evaluate.drawings(data.prompt_list(count, seed=3, held_out=False), seed=3)
+    return evaluate.encode(pipeline.vae, images)
+
+
+def mean_variance(pipeline, args):
+    return {"dm": no_dm, "shield": shields.MeanVarianceShield(real_latents(pipeline))}
+
+
+def gan(pipeline, args):
+    """A discriminator on the features that half of the teacher's layers see."""
+    torch.manual_seed(args.seed)
+    dit = pipeline.dit
+    features = shields.first_layers(dit, len(dit.layers) // 2 + 1)
+    discriminator = shields.Discriminator(features, dit.config.dim // 4).to(pipeline.device)
+    null_text = sampler.encode_prompts(pipeline, [""])
+    return {"dm": no_dm, "shield": shields.GANShield(
+        discriminator, real_latents(pipeline), null_text, shift=pipeline.shift, seed=args.seed)}
+
+
+def ca_between(low, high, pipeline, args):
+    """CA at re-noising times from `low` to `high` only, whatever the student's step."""
+    def ca(teacher, x, t, *others):
+        return cfg_augmentation(teacher, x, low + (high - low) * t, *others)
+    return {"ca": ca}
+
+
+def data_space(pipeline, args):
+    """The fake's loss as in the paper: |x_hat - x|^2, which weighs velocities by (1 - tau)^2."""
+    def loss(fake, x, t, text, noise):
+        x = x.detach()
+        return F.mse_loss(data_estimate(fake, renoise(x, t, noise), t, text), x)
+    return {"fake_loss": loss}
+
+
+def fresh_images(pipeline, args):
+    """The fake learns on new images of the student in each of its updates, as in the paper."""
+    generator = torch.Generator().manual_seed(args.seed)
+    times, found = time_schedule(args.steps[0], pipeline.shift), {}
+
+    def loss(fake, x, t, text, noise):
+        step = int(torch.randint(len(times) - 1, (), generator=generator))
+        start = distill.normal_like(x, generator)
+        with torch.no_grad():
+            x, _ = distill.backward_simulation(found["student"], start, text, times, step)
+        return distill.fake_loss(fake, x, t, text, noise)
+
+    def adjust(learners):
+        found["student"] = distill.AutocastNet(
+            learners.nets["student"], pipeline.device, args.dtype)
+    return {"fake_loss": loss, "adjust": adjust}
+
+
+def step_aware(pipeline, args):
+    """A fake that knows which step of the student made its images."""
+    def adjust(learners):
+        net = learners.nets["fake"]
+        width = net.t_embedder.mlp[-1].out_features
+        aware = shields.StepAwareFake(net, width).to(pipeline.device)
+        learners.nets["student"] = aware.watch(learners.nets["student"])
+        learners.weights["fake"] |= {
+            f"embedding.{name}": p for name, p in aware.embedding.named_parameters()}
+    return {"adjust": adjust}
+
+
+def renoised_states(pipeline, args):
+    """z_t by estimates that are noised again, as in DMD2, instead of Euler steps."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def sample(net, noise, text, times, *others):
+        if others or len(times) == 1:          # pictures are sampled as always
+            return sampler.sample(net, noise, text, times, *others)
+        x = noise
+        with torch.no_grad():
+            for t, t_next in zip(times[:-1], times[1:], strict=True):
+                x_hat = data_estimate(net, x, t.to(x).expand(len(x)), text)
+                x = t_next * x_hat + (1 - t_next) * distill.normal_like(x, generator)
+        return x
+    distill.sample = sample
+    return {}
+
+
+# --- The variants -------------------------------------------------------------------------------
+
+STRONG = ["--alpha", "4"]        # a spear that is hard to hold shows the difference of shields
+VARIANTS = {
+    # The student for one number of steps, and for any.
+    "1 step": (["--steps", "1"], nothing),
+    "2 steps": (["--steps", "2"], nothing),
+    "4 steps": (["--steps", "4"], nothing),
+    "8 steps": (["--steps", "8"], nothing),
+    "any number of steps": (["--steps", "4,1,2,8"], nothing),
+    "1 step, step-aware fake": (["--steps", "1"], step_aware),
+    "2 steps, step-aware fake": (["--steps", "2"], step_aware),
+    "any number, step-aware fake": (["--steps", "4,1,2,8"], step_aware),
+    # CA is the engine, and needs a shield.
+    "DM alone": (["--alpha", "1"], nothing),
+    "CA + DM, alpha 3": (["--alpha", "3"], nothing),
+    "CA + DM, alpha 4": (STRONG, nothing),
+    "CA + DM, alpha 6": (["--alpha", "6"], nothing),
+    "CA alone, alpha 4": ([*STRONG, "--no-dm"], nothing),
+    "CA alone, alpha 4, constant rate": ([*STRONG, "--no-dm", "--constant-rate"], nothing),
+    "CA + DM, alpha 4, constant rate": ([*STRONG, "--constant-rate"], nothing),
+    "CA + mean/variance, alpha 4": ([*STRONG, "--no-dm"], mean_variance),
+    "CA + GAN, alpha 4": ([*STRONG, "--no-dm"], gan),
+    # Where to renoise.
+    "coupled, alpha 4": ([*STRONG, "--schedule", "coupled"], nothing),
+    "full, alpha 4": ([*STRONG, "--schedule", "full"], nothing),
+    "constrained, alpha 4": ([*STRONG, "--schedule", "constrained"], nothing),
+    "CA at tau 0 to .3": (STRONG, partial(ca_between, 0.0, 0.3)),
+    "CA at tau .3 to .7": (STRONG, partial(ca_between, 0.3, 0.7)),
+    "CA at tau .7 to 1": (STRONG, partial(ca_between, 0.7, 1.0)),
+    # Differences from the paper, and the fake that has to keep up.
+    "1 fake update": (["--fake-updates", "1"], nothing),
+    "5 fake updates": (["--fake-updates", "5"], nothing),
+    "follow .05": (["--follow", "0.05"], nothing),
+    "slow fake, alpha 4": ([*STRONG, "--fake-lr", "1e-4", "--fake-updates", "1"], nothing),
+    "slow fake, alpha 4, follow .05": (
+        [*STRONG, "--fake-lr", "1e-4", "--fake-updates", "1", "--follow", "0.05"], nothing),
+    "fake in data space": ([], data_space),
+    "fake on new images": ([], fresh_images),
+    "terms not normalized": (["--no-normalize"], nothing),
+    "states noised again": ([], renoised_states),
+    # Adapters against whole networks.
+    "LoRA 4": (["--lora", "4", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
+    "LoRA 16": (["--lora", "16", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
+    "LoRA 64": (["--lora", "64", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
+}
+COLUMNS = {"joint": "joint", "open": "open", "given": "given", "word": "word", "strict": "strict",
+           "frechet": "Frechet", "std_ratio": "std ratio", "latent_std": "latent std",
+           "minutes": "minutes"}
+
+
+# --- One run ------------------------------------------------------------------------------------
+
+
+def run_variant(name, seed, options, job):
+    """Trains and scores one student -> a list of results, one for each number of steps.
+
+    job: the namespace of this script's own options.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|Mismatch dtype")
+    folder = Path(job.out) / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)                 # of a run that was cut off
+    folder.mkdir(parents=True)
+    own, changes = VARIANTS[name]
+    args = distill.parse_arguments(
+        ["--sample-every", "1000000", *options, *own, "--seed", str(seed), "--out", str(folder)])
+    device = sampler.find_device(args.device)
+    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    pipeline = sampler.load_pipeline(args.teacher or distill.BUNDLED / "teacher", device)
+    settings = distill.make_settings(args, pipeline)
+    prompts = distill.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
+    student = distill.train(pipeline, prompts, settings, args, **changes(pipeline, args))
+    log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    minutes = json.loads(log[-1])["seconds"] / 60
+    held_out = sampler.read_prompts(job.held_out)[:job.count]
+    results, real = [], evaluate.drawings(held_out, 1)
+    for steps in job.score_steps or sorted(set(args.steps)):
+        latents = evaluate.sample_latents(student, held_out, steps, 0.0)
+        images = evaluate.decode(student.vae, latents)
+        row = evaluate.score(images, held_out, real, workers=1)
+        row |= {"latent_std": float(latents.std()), "minutes": minutes}
+        results.append({"variant": name, "seed": seed, "steps": steps, "options": options,
+                        "log": json.loads(log[-1]), "score": row})
+    for part in () if job.keep else ("checkpoints", "student"):
+        shutil.rmtree(folder / part, ignore_errors=True)      # large, and no longer needed
+    return results
+
+
+# --- All runs -----------------------------------------------------------------------------------
+
+
+def read_results(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def figure(score, name):
+    """A figure of a score; of a group of prompts its joint accuracy."""
+    value = score.get(name)
+    return value.get("joint") if isinstance(value, dict) else value
+
+
+def table(results):
+    """Results -> Markdown: the mean over seeds, and in brackets half of the range."""
+    lines = ["| | steps | seeds | " + " | ".join(COLUMNS.values()) + " |",
+             "|---" * (len(COLUMNS) + 3) + "|"]
+    for name in VARIANTS:
+        rows = [r for r in results if r["variant"] == name]
+        for steps in sorted({r["steps"] for r in rows}):
+            same = [r["score"] for r in rows if r["steps"] == steps]
+            cells = []
+            for column in COLUMNS:
+                values = [v for score in same if (v := figure(score, column)) is not None]
+                spread = (max(values) - min(values)) / 2 if values else 0
+                cells.append(f"{sum(values) / len(values):.3f} ({spread:.3f})" if values else "")
+            lines.append(f"| {name} | {steps} | {len(same)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.splitlines()[0],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="runs/sweep", help="folder of the runs and of results.jsonl")
+    add("--seeds", type=number(0, 10 ** 6, int), nargs="+", default=[0, 1, 2])
+    add("--only", nargs="+", metavar="NAME", help="these variants alone")
+    add("--workers", type=number(1, 256, int), default=1, help="runs side by side")
+    add("--count", type=number(1, 10 ** 6, int), default=1000, help="held-out prompts to score on")
+    add("--held-out", default=str(HERE / "prompts_heldout.txt"), metavar="FILE")
+    add("--score-steps", type=number(1, 1000, int), nargs="+", metavar="N",
+        help="numbers of steps to score at (default: those that were trained)")
+    add("--keep", action="store_true", help="keep checkpoints and students")
+    add("--table", action="store_true", help="print the table of the results there are")
+    add("--list", action="store_true", help="print the variants")
+    args, options = parser.parse_known_args()
+    for name in args.only or ():
+        if name not in VARIANTS:
+            raise UserError(f"--only: there is no variant {name!r}; --list shows them")
+    distill.parse_arguments(options)          # a mistake ends here, not in a worker
+    return args, options
+
+
+def main():
+    args, options = parse_arguments()
+    path = Path(args.out) / "results.jsonl"
+    if args.list:
+        print("\n".join(f"{name:34} {' '.join(own)}" for name, (own, _) in VARIANTS.items()))
+        return
+    results = read_results(path)
+    if not args.table:
+        if any(r["options"] != options for r in results):
+            raise UserError(f"{path} holds runs with other options: name another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = {(r["variant"], r["seed"]) for r in results}
+        jobs = [(name, seed) for seed in args.seeds for name in args.only or VARIANTS
+                if (name, seed) not in done]
+        with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+            runs = {pool.submit(run_variant, *job, options, args): job for job in jobs}
+            for run in as_completed(runs):
+                try:
+                    lines = "".join(json.dumps(result) + "\n" for result in run.result())
+                except Exception as error:    # one run that fails must not end the others
+                    print(f"{runs[run]} failed: {error!r}", file=sys.stderr)
+                    continue
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(lines)
+    text = table(read_results(path))
+    (path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,911 @@
+"""Trains the model of this folder from nothing: first the VAE, then text encoder and DiT.
+
+    python tutorials/cards/train.py --out runs/cards --workers 2     2 1/2 hours on 2 CPU cores
+    python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on one H100
+    python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
+
+1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
+2. VAE:       it learns to compress the pictures to latents of a tenth as many numbers.
+3. Encode:    the latents of all cards are computed once.
+4. Teacher:   text encoder and DiT learn by flow matching: the velocity from noise to latents.
+5. Report:    how often pictures for unseen prompts show what was asked, in --out/report.json.
+
+A stage lasts a given time. Its learning rate follows the clock, so that the stage ends with a rate
+near zero on fast and slow machines alike. Stages and checkpoints are kept in --out: the same
+command again goes on where a run was stopped. Every step draws its data and noise from a generator
+seeded by (seed, step), so a stopped run that goes on is the same run. Ctrl-C or SIGTERM saves and
+exports first. `--out`/teacher is the model so far, log.jsonl the log, samples_*.png pictures for
+unseen prompts.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import sampler  # noqa: E402
+from convert_weights import UserError, run_command, save_pipeline, write_whole  # noqa: E402
+from model import (  # noqa: E402
+    VAE,
+    Context,
+    DiT,
+    DiTConfig,
+    Text,
+    TextEncoder,
+    TextEncoderConfig,
+    VAEConfig,
+    joint_positions,
+)
+
+# RMSNorm multiplies in float32 under autocast, on purpose.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+
+CELLS = 16               # latents are 16 x 16, with 16 channels: 1/8 of the side, as in the release
+MAX_TOKENS = 32          # of a caption with its chat template
+
+
+@dataclass
+class Recipe:
+    """Every number of a run. These are for 2 CPU cores."""
+    seed: int = 0
+    # Draw
+    drawings: int = 32768
+    captions: int = 8             # of each drawing
+    # VAE
+    vae_drawings: int = 8192      # the first ones
+    vae_tests: int = 64           # others, to measure the reconstruction
+    vae_minutes: float = 30.0
+    vae_steps: int = 0            # if above 0, so many steps in place of a time
+    vae_muon_lr: float = 8e-3     # kernels and matrices
+    vae_adam_lr: float = 2e-3     # biases and norms
+    vae_batch: int = 4            # pictures in a step
+    vae_crops: float = 0.8        # this share of the time sees crops of half the side, four times
+                                  # as many: fine detail is what is hard to learn
+    kl_weight: float = 5e-3       # high for a VAE: latents that bear noise are easier to sample
+    # Teacher
+    minutes: float = 115.0
+    steps: int = 0                # if above 0, so many steps in place of a time
+    batch: int = 64               # over all workers
+    muon_lr: float = 8e-3         # matrices inside blocks
+    adam_lr: float = 2e-3         # everything else
+    warm_up: int = 100            # steps
+    decay_from: float = 0.5       # constant rate until this share of the time, then linear to zero
+    ema: float = 0.998
+    caption_drop: float = 0.1     # share of captions replaced by the empty one, for guidance
+    word_weight: float = 2.0      # weight of the loss where the word is
+    word_time: float = 0.2        # from this time on: earlier the noise hides where the word is
+    time_mean: float = -1.0       # t = sigmoid(N(mean, std)): more often near noise, where most is
+    time_std: float = 1.2         # decided
+    long_every: int = 8           # each so many steps captions are padded to twice their length
+    dim: int = 192
+    layers: int = 6
+    compile: bool = False         # the DiT's blocks: pays on a GPU
+    # Sampling defaults of the checkpoint, and probes
+    shift: float = 3.0            # of the time schedule, as in the release
+    sample_steps: int = 16
+    guidance: float = 2.0
+    probe_prompts: int = 64       # for the log
+    report_prompts: int = 300     # for the report
+    log_every: int = 50           # steps
+    save_minutes: float = 10.0
+
+
+GPU = dict(drawings=160_000, vae_drawings=16384, vae_minutes=1.4, vae_batch=32, vae_crops=0.0,
+           minutes=5.2, batch=512, ema=0.999, compile=True, report_prompts=200, log_every=200,
+           save_minutes=1.0)
+SMOKE = dict(drawings=64, captions=2, vae_drawings=64, vae_tests=2, vae_steps=6, vae_batch=2,
+             steps=6, batch=8, dim=32, layers=1, long_every=2, sample_steps=2, probe_prompts=4,
+             report_prompts=4, log_every=2)
+
+
+def vae_config(scale=1.0, shift=0.0):
+    # Four channels a group: with one, a group norm would take away each channel's mean, and flat
+    # colors with it.
+    return VAEConfig(latent_channels=16, block_out_channels=(16, 32, 48, 56), layers_per_block=1,
+                     norm_num_groups=4, scaling_factor=scale, shift_factor=shift)
+
+
+def encoder_config(vocabulary):
+    # Of one layer, of which the last is never needed: a table with a trained row for each token.
+    # The DiT's context refiner is the text encoder here, and finds the letters' places.
+    return TextEncoderConfig(vocab_size=vocabulary, hidden_size=96, intermediate_size=192,
+                             num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                             head_dim=24)
+
+
+def dit_config(recipe):
+    return DiTConfig(in_channels=16, dim=recipe.dim, n_layers=recipe.layers, n_refiner_layers=2,
+                     n_heads=max(recipe.dim // 32, 1), cap_feat_dim=96, axes_dims=(8, 12, 12),
+                     axes_lens=(576, 64, 64))
+
+
+# --- Small things -------------------------------------------------------------------------------
+
+
+def save_grid(path, images, columns=8):
+    """(B, 3, H, W) in [-1, 1] -> PNG."""
+    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+    rows = [torch.cat(list(row), 1) for row in pixels.cpu().split(columns)]
+    rows = [F.pad(row, (0, 0, 0, rows[0].shape[1] - row.shape[1]), value=255) for row in rows]
+    grid = Image.fromarray(torch.cat(rows).numpy())
+    write_whole(path, lambda part: grid.save(part, format="PNG"))
+
+
+def seeded(device, *where):
+    """A generator that depends on (seed, stage, step, worker) alone: a restart needs no state."""
+    seed = int(np.random.default_rng(where).integers(2 ** 62))
+    return torch.Generator(device).manual_seed(seed)
+
+
+# --- Stages of a run ----------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Where and by how many a run is worked on."""
+    out: str
+    device: torch.device
+    rank: int = 0
+    workers: int = 1
+    stop_after: int | None = None
+
+
+_signals = []
+
+
+def stopping():
+    """Whether the run was asked to stop, by Ctrl-C or SIGTERM."""
+    return bool(_signals)
+
+
+def listen():
+    """From here on the two signals are noted, and the stage that runs ends at its next step."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() == owner:
+            _signals.append(number)
+        elif number == signal.SIGTERM:                           # a process that was forked later
+            os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+class Stage:
+    """A stage of training: what it trains, its step and its time. They are kept in a file.
+
+    `for progress in stage` counts stage.step from 1 and gives the progress, 0 to 1: by steps where
+    their number is given, else by time. After the loop stage.complete says whether the stage
+    came to its end or was stopped.
+    """
+
+    def __init__(self, run, name, minutes, steps, **parts):
+        self.run = run
+        self.path = os.path.join(run.out, name + ".pt")
+        self.minutes = minutes
+        self.steps = steps
+        self.parts = parts                                       # modules and optimizers
+        self.step, seconds = 0, 0.0
+        if os.path.exists(self.path):
+            saved = torch.load(self.path, map_location=run.device)
+            self.step, seconds = saved["step"], saved["seconds"]
+            for part, module in parts.items():
+                module.load_state_dict(saved[part])
+        self.began = time.monotonic() - seconds
+        self.saved_at = seconds
+        self.complete = False
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def progress(self):
+        if stopping() or self.step == self.run.stop_after:
+            return math.inf
+        return self.step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
+
+    def __iter__(self):
+        while (progress := agree(self.progress())) < 1:
+            self.step += 1
+            yield progress
+        self.complete = not math.isinf(progress)
+
+    def save_is_due(self, minutes):
+        return self.seconds() - self.saved_at > 60 * minutes
+
+    def save(self, **more):
+        self.saved_at = self.seconds()
+        if self.run.rank == 0:
+            state = {part: module.state_dict() for part, module in self.parts.items()}
+            state |= {"step": self.step, "seconds": self.seconds()} | more
+            write_whole(self.path, lambda part: torch.save(state, part))
+
+
+def log(run, **values):
+    """One line of JSON to the terminal and to log.jsonl."""
+    if run.rank:
+        return
+    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+    print(line, flush=True)
+    with open(os.path.join(run.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+# --- Workers that share a batch -----------------------------------------------------------------
+
+
+def agree(value):
+    """Rank 0's value, for all workers."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, 0)
+    return tensor.item()
+
+
+def average_gradients(parameters):
+    """Mean over the workers, as one flat vector."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    grads = flat.split([p.numel() for p in parameters])
+    for p, grad in zip(parameters, grads, strict=True):
+        p.grad.copy_(grad.view_as(p))
+
+
+def descend(loss, parameters, optimizers):
+    """One step of the optimizers along the mean gradient of all workers, clipped to norm 1."""
+    loss.backward()
+    average_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# --- Drawing ------------------------------------------------------------------------------------
+
+
+def shared(shape, dtype):
+    """An array that this process shares with the processes that are forked from it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+
+
+def token_ids(tokenizer, caption):
+    return tokenizer.encode(sampler.TEMPLATE.format(caption), add_special_tokens=False).ids
+
+
+class Drawings:
+    """Cards with their captions, which other processes draw while this one goes on.
+
+    Chunk k depends on (seed, k) alone, whoever draws it and when.
+    """
+    CHUNK = 64
+
+    def __init__(self, recipe, tokenizer):
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        count = recipe.drawings
+        self.pictures = shared((count, data.SIDE, data.SIDE, 3), np.uint8)
+        self.words = shared((count, CELLS, CELLS), np.bool_)      # where the word is
+        self.ids = shared((count, recipe.captions, MAX_TOKENS), np.int16)
+        self.lengths = shared((count, recipe.captions), np.int16)
+        self.chunks = math.ceil(count / self.CHUNK)
+        self.done = shared((self.chunks,), np.bool_)
+        self.processes = []
+
+    def start(self, processes):
+        """Starts the processes that draw. Where a system has no fork, draws everything here."""
+        if "fork" not in multiprocessing.get_all_start_methods():
+            self.draw_chunks(0, 1)
+            return
+        for k in range(processes):
+            process = multiprocessing.get_context("fork").Process(
+                target=self.draw_in_background, args=(k, processes), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def draw_in_background(self, first, stride):
+        os.nice(5)                                               # training comes first
+        self.draw_chunks(first, stride)
+
+    def draw_chunks(self, first, stride):
+        for chunk in range(first, self.chunks, stride):
+            rng = np.random.default_rng((self.recipe.seed, 1, chunk))
+            stop = min((chunk + 1) * self.CHUNK, self.recipe.drawings)
+            for i in range(chunk * self.CHUNK, stop):
+                self.draw(i, rng)
+            self.done[chunk] = True
+
+    def draw(self, i, rng):
+        scene = data.random_scene(rng)
+        self.pictures[i] = data.draw(scene)
+        self.words[i] = data.text_region(scene, CELLS)[0] > 0
+        for k in range(self.recipe.captions):
+            ids = [0] * (MAX_TOKENS + 1)
+            while len(ids) > MAX_TOKENS:                          # the longest are left out
+                ids = token_ids(self.tokenizer, data.caption(scene, rng))
+            self.ids[i, k, :len(ids)] = ids
+            self.lengths[i, k] = len(ids)
+
+    def wait(self, count):
+        """Until the first `count` cards are drawn."""
+        chunks = self.done[:math.ceil(count / self.CHUNK)]
+        while not chunks.all():
+            if any(process.exitcode for process in self.processes):
+                raise RuntimeError("a process that draws cards has failed")
+            time.sleep(0.05)
+
+
+def as_images(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def test_cards(count, seed, device):
+    """Cards that training does not draw -> images (count, 3, H, W), and captions that name all."""
+    rng = np.random.default_rng((seed, 2))
+    scenes = [data.random_scene(rng, held_out=True) for _ in range(count)]
+    pictures = torch.from_numpy(np.stack([data.draw(scene) for scene in scenes]))
+    return as_images(pictures.to(device)), [data.caption(scene, rng, drop=0) for scene in scenes]
+
+
+# --- Muon ---------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal; the same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw").
+
+    torch.optim.Muon treats one matrix at a time. Here matrices of one shape are stacked, which
+    takes a tenth of the kernel launches. The kernel of a convolution counts as a matrix with a row
+    for each output channel. Source: https://kellerjordan.github.io/posts/muon
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+            for shape, params in shapes.items():
+                update = self.updates(params, group["momentum"])
+                update = [part.view_as(p) for part, p in zip(update, params, strict=True)]
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(params, update, alpha=-rate)
+
+    def updates(self, params, momentum):
+        """Parameters of one shape -> their orthogonal updates, (count, rows, columns)."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+        return orthogonal(update.flatten(2))
+
+
+def orthogonal(matrices):
+    """(count, rows, columns) -> roughly U V^T of each, by five Newton-Schulz steps."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return (x.mT if tall else x).type_as(matrices).contiguous()
+
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+
+def crop(images, generator, side):
+    """A window of side x side of each image (B, 3, H, W), anywhere."""
+    room = images.shape[-1] - side + 1
+    corners = torch.randint(room, (len(images), 2), generator=generator).tolist()
+    windows = [image[:, y:y + side, x:x + side]
+               for image, (y, x) in zip(images, corners, strict=True)]
+    return torch.stack(windows)
+
+
+def vae_loss(vae, images, noise_generator, kl_weight):
+    """Absolute and squared error, heavier on edges; the error of the gradients; KL divergence."""
+    on_gpu = images.device.type == "cuda"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=on_gpu):
+        mean, logvar = (part.float() for part in vae.moments(images))
+        noise = torch.randn(mean.shape, generator=noise_generator, device=mean.device)
+        error = vae.decoder(mean + (0.5 * logvar).exp() * noise).float() - images
+    gray = images.mean(1, keepdim=True)
+    contrast = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)     # 0 to 2
+    weight = 1 + 3 * (4 * contrast).clamp(max=1)
+    error_loss = (weight * (error.abs() + error.square())).mean()
+    gradient_loss = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error_loss + 0.5 * gradient_loss + kl_weight * kl
+
+
+@torch.no_grad()
+def reconstruct(vae, images, batch=32):
+    """-> reconstructions (B, 3, H, W), and their peak signal-to-noise ratio in dB."""
+    out = torch.cat([vae.decode(vae.encode(part)) for part in images.split(batch)])
+    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return out, (10 * torch.log10(4 / error)).mean().item()
+
+
+def image_batch(pictures, count, cropped, generator):
+    """Images for one step: `count` whole ones, or four times as many crops of half the side."""
+    index = torch.randint(len(pictures), (count * (4 if cropped else 1),), generator=generator)
+    images = as_images(pictures[index.to(pictures.device)])
+    return crop(images, generator, data.SIDE // 2) if cropped else images
+
+
+def finished_vae(run):
+    """The VAE in vae.pt if it is complete, else None."""
+    path = os.path.join(run.out, "vae.pt")
+    saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+    if "scale_shift" not in saved:
+        return None
+    vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
+    vae.load_state_dict(saved["vae"])
+    return vae.eval().requires_grad_(False)
+
+
+def train_vae(recipe, run, drawings):
+    """Trains the VAE -> the VAE, or None if the stage was stopped. vae.pt has its state."""
+    if finished_vae(run) is not None:
+        return finished_vae(run)
+    torch.manual_seed(recipe.seed)
+    vae = VAE(vae_config()).to(run.device)
+    parameters = list(vae.parameters())
+    # Muon for the kernels: after 150 steps the loss was .81, and 1.32 with AdamW alone.
+    muon = Muon([p for p in parameters if p.ndim > 1], recipe.vae_muon_lr)
+    adam = torch.optim.AdamW([p for p in parameters if p.ndim == 1], recipe.vae_adam_lr,
+                             (0.9, 0.99), weight_decay=0.0)
+    stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, muon=muon, adam=adam)
+    test, captions = test_cards(recipe.vae_tests, recipe.seed, run.device)
+    drawings.wait(recipe.vae_drawings)
+    pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
+    count = max(recipe.vae_batch // run.workers, 1)
+
+    for progress in stage:
+        generator = seeded("cpu", recipe.seed, 3, stage.step, run.rank)
+        noise_generator = seeded(run.device, recipe.seed, 4, stage.step, run.rank)
+        rate = min(1, stage.step / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        muon.param_groups[0]["lr"] = recipe.vae_muon_lr * rate
+        adam.param_groups[0]["lr"] = recipe.vae_adam_lr * rate
+        images = image_batch(pictures, count, progress < recipe.vae_crops, generator)
+        loss = vae_loss(vae, images, noise_generator, recipe.kl_weight)
+        descend(loss, parameters, [muon, adam])
+        if stage.step % (4 * recipe.log_every) == 0 and run.rank == 0:
+            log(run, stage="vae", step=stage.step, seconds=stage.seconds(), loss=loss.item(),
+                psnr=reconstruct(vae, test)[1])
+        if stage.save_is_due(recipe.save_minutes):
+            stage.save()
+
+    if not stage.complete:
+        stage.save()
+        return None
+    with torch.no_grad():
+        z = torch.cat([vae.moments(as_images(part))[0] for part in pictures[:512].split(64)])
+    stage.save(scale_shift=(1 / z.std().item(), z.mean().item()))
+    agree(0.0)                                                   # until the file is there
+    vae = finished_vae(run)
+    if run.rank == 0:
+        images, psnr = reconstruct(vae, test)
+        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr,
+            read_back=evaluate.score(images, captions, test.cpu())["joint"])
+        pairs = torch.stack((test[:16], images[:16]), 1).flatten(0, 1)
+        save_grid(os.path.join(run.out, "vae.png"), pairs)
+    return vae
+
+
+# --- Encode -------------------------------------------------------------------------------------
+
+
+class Cards(NamedTuple):
+    """What the teacher learns from. N cards, K captions each."""
+    latents: torch.Tensor    # (N, 16, 16, 16), float16
+    words: torch.Tensor      # (N, 16, 16), true where the word is
+    ids: torch.Tensor        # (N, K, 32), token ids of the captions, 0 after their end
+    lengths: torch.Tensor    # (N, K)
+
+
+@torch.no_grad()
+def encode_cards(recipe, run, vae, drawings):
+    """Latents of all drawings, computed once. On a CPU that takes minutes, so they are kept."""
+    path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
+    if run.rank == 0 and not (keep and os.path.exists(path)):
+        drawings.wait(recipe.drawings)
+        pictures = torch.from_numpy(drawings.pictures).split(256)
+        latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
+        rest = (torch.from_numpy(array).to(run.device) for array in
+                (drawings.words, drawings.ids, drawings.lengths))
+        cards = Cards(torch.cat(latents), *rest)
+        if not keep:
+            return cards
+        write_whole(path, lambda part: torch.save(tuple(cards), part))
+    agree(0.0)                                                   # until the file is there
+    return Cards(*torch.load(path, mmap=True))
+
+
+# --- Teacher ------------------------------------------------------------------------------------
+
+
+def build(recipe, vocabulary):
+    """Text encoder and DiT at their start. Every block begins as the identity."""
+    torch.manual_seed(recipe.seed)
+    dit = DiT(dit_config(recipe))
+    for block in [*dit.noise_refiner, *dit.layers]:
+        torch.nn.init.zeros_(block.modulation.weight)
+        torch.nn.init.zeros_(block.modulation.bias)
+    torch.nn.init.zeros_(dit.final_layer.linear.weight)
+    for token in (dit.x_pad_token, dit.cap_pad_token):
+        torch.nn.init.normal_(token, std=0.02)
+    encoder = TextEncoder(encoder_config(vocabulary))
+    return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
+
+
+def optimizers(nets, recipe):
+    """Muon for the matrices inside blocks, AdamW for the rest."""
+    inside, rest = [], []
+    for name, p in nets.named_parameters():
+        in_block = p.ndim == 2 and ("layers." in name or "refiner." in name)
+        (inside if in_block and "modulation" not in name else rest).append(p)
+    adam = torch.optim.AdamW(rest, recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(inside, recipe.muon_lr), adam]
+
+
+def random_times(count, recipe, generator):
+    """t = sigmoid(N(mean, std)), (B,), even over the quantiles: gradients are less noisy."""
+    device = generator.device
+    quantiles = torch.arange(count, device=device) + torch.rand(
+        count, generator=generator, device=device)
+    normal = torch.special.ndtri((quantiles / count).clamp(1e-4, 1 - 1e-4))
+    return torch.sigmoid(recipe.time_mean + recipe.time_std * normal)
+
+
+def velocity(nets, x, t, ids, lengths, tokens):
+    """The DiT's velocity for captions that are all padded to `tokens` tokens.
+
+    It is nets["dit"](x, t, nets["text_encoder"](ids, lengths)), but that all captions share one
+    padded length, so one table of rotary angles serves the batch and nothing is masked.
+    """
+    dit = nets["dit"]
+    features = nets["text_encoder"].embed_tokens(F.pad(ids, (0, tokens - ids.shape[1])))
+    caption = dit.caption_tokens(Text(features, lengths))        # (B, tokens, dim)
+    rope = rotary_angles(dit, tokens, x.shape[-2:], x.device)
+    caption_rope = tuple(part[:, -tokens:] for part in rope)
+    for block in dit.context_refiner:
+        caption = block(caption, caption_rope, None)
+    return dit(x, t, Context(caption, rope, None))
+
+
+_angles = {}
+
+
+def rotary_angles(dit, tokens, size, device):
+    key = tokens, size, device
+    if key not in _angles:
+        lengths = torch.tensor([tokens], device=device)
+        _angles[key] = dit.rope(joint_positions(lengths, tokens, *size))
+    return _angles[key]
+
+
+class FlowLoss:
+    """flow(step) -> squared error of the velocity for cards and captions that the step draws.
+
+    The loss is heavier where the word is, from the time on at which x_t shows where that is. From
+    there on the weight is a function of x_t, so it does not move the optimum.
+    """
+
+    def __init__(self, recipe, run, nets, cards, empty):
+        self.recipe = recipe
+        self.run = run
+        self.nets = nets
+        self.cards = cards
+        self.count = recipe.batch // run.workers
+        self.empty = F.pad(torch.tensor(empty, device=run.device), (0, MAX_TOKENS - len(empty)))
+        self.empty_length = len(empty)
+
+    def __call__(self, step):
+        recipe, device = self.recipe, self.run.device
+        generator = seeded(device, recipe.seed, 5, step, self.run.rank)
+        index, ids, lengths = self.draw(generator)
+        x1 = self.cards.latents[index].float()                   # (B, 16, 16, 16)
+        noise = torch.randn(x1.shape, generator=generator, device=device)
+        t = random_times(self.count, recipe, generator)
+        at = t[:, None, None, None]
+        x = at * x1 + (1 - at) * noise
+        # Captions of over 32 tokens are padded to 64. Training has none; now and then it pads to
+        # 64 all the same, so that sampling can.
+        tokens = MAX_TOKENS * (1 if step % recipe.long_every else 2)
+        with reduced_precision(device):
+            v = velocity(self.nets, x, t, ids, lengths, tokens).float()
+        heavy = self.cards.words[index] & (t > recipe.word_time)[:, None, None]
+        weight = 1 + (recipe.word_weight - 1) * heavy.unsqueeze(1)
+        return (weight * (v - (x1 - noise)).square()).mean() / weight.mean()
+
+    def draw(self, generator):
+        """Random cards and one caption each, some of them empty -> index, ids, lengths."""
+        cards, where = self.cards, {"generator": generator, "device": self.run.device}
+        index = torch.randint(len(cards.latents), (self.count,), **where)
+        which = torch.randint(cards.ids.shape[1], (self.count,), **where)
+        dropped = torch.rand(self.count, **where) < self.recipe.caption_drop
+        ids = torch.where(dropped[:, None], self.empty, cards.ids[index, which].long())
+        lengths = cards.lengths[index, which].long().masked_fill(dropped, self.empty_length)
+        return index, ids, lengths
+
+
+def reduced_precision(device):
+    """bfloat16 products where the device has fast ones."""
+    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def learning_rate(step, progress, recipe):
+    """Share of the full rate: warm-up, constant, then linear to zero."""
+    return min(1, step / recipe.warm_up, (1 - progress) / (1 - recipe.decay_from))
+
+
+def compile_blocks(run, nets, one_step):
+    """Compiles the DiT's blocks and tries them; where that fails, the blocks stay as they are.
+
+    `one_step` computes a step's loss. Blocks of one kind share their compiled code.
+    """
+    dit, began = nets["dit"], time.monotonic()
+    blocks = [*dit.context_refiner, *dit.noise_refiner, *dit.layers]
+    try:
+        for block in blocks:
+            block.compile(dynamic=False)
+        for step in (0, 1):                                      # with short and long captions
+            one_step(step).backward()
+    except Exception as error:    # whatever a compiler may raise: the run goes on without it
+        log(run, stage="compile", error=str(error)[:500])
+        for block in blocks:
+            block._compiled_call_impl = None
+    nets.zero_grad()
+    log(run, stage="compile", seconds=time.monotonic() - began)
+
+
+class Model(NamedTuple):
+    """What sampling needs: the running averages, and what they were trained with."""
+    nets: torch.nn.ModuleDict
+    vae: VAE
+    tokenizer: Tokenizer
+    recipe: Recipe
+
+    def pipeline(self):
+        device = next(self.vae.parameters()).device
+        return sampler.Pipeline(self.tokenizer, self.nets["text_encoder"], self.nets["dit"],
+                                self.vae, self.recipe.shift, size=data.SIDE, device=device)
+
+    def export(self, path):
+        """Writes a checkpoint that sampler.py reads, in bfloat16."""
+        nets, recipe = copy.deepcopy(self.nets).cpu(), self.recipe
+        vae = copy.deepcopy(self.vae).to("cpu", torch.bfloat16)
+        save_pipeline(path, nets["dit"], nets["text_encoder"], vae, self.tokenizer, recipe.shift,
+                      dtype=torch.bfloat16, steps=recipe.sample_steps, guidance=recipe.guidance,
+                      size=data.SIDE)
+
+
+def probe(run, model, name):
+    """Scores on unseen prompts, and a grid of their pictures in --out/`name`."""
+    recipe = model.recipe
+    prompts = data.prompt_list(recipe.probe_prompts, seed=3)
+    images = evaluate.sample_images(model.pipeline(), prompts, recipe.sample_steps,
+                                    recipe.guidance)
+    save_grid(os.path.join(run.out, name), images)
+    row = evaluate.score(images, prompts)
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def checkpoint(run, stage, model):
+    """Keeps the teacher's state, exports the model, and tries it."""
+    stage.save()
+    if run.rank == 0:
+        model.export(os.path.join(run.out, "teacher"))
+        if model.recipe.probe_prompts:
+            log(run, stage="probe", step=stage.step, seconds=stage.seconds(),
+                **probe(run, model, f"samples_{stage.step:06d}.png"))
+
+
+def train_teacher(recipe, run, tokenizer, vae, cards):
+    """Trains text encoder and DiT -> (Model, whether the stage is complete).
+
+    teacher.pt has the state. All workers take the same step, along the mean gradient.
+    """
+    nets = build(recipe, tokenizer.get_vocab_size()).to(run.device)
+    averaged = copy.deepcopy(nets).requires_grad_(False)
+    muon, adam = optimizers(nets, recipe)
+    stage = Stage(run, "teacher", recipe.minutes, recipe.steps, nets=nets, averaged=averaged,
+                  muon=muon, adam=adam)
+    model = Model(averaged, vae, tokenizer, recipe)
+    parameters, weights = list(nets.parameters()), list(averaged.parameters())
+    one_step = FlowLoss(recipe, run, nets, cards, token_ids(tokenizer, ""))
+    if recipe.compile:
+        compile_blocks(run, nets, one_step)
+
+    losses = []
+    for progress in stage:
+        rate = learning_rate(stage.step, progress, recipe)
+        muon.param_groups[0]["lr"] = recipe.muon_lr * rate
+        adam.param_groups[0]["lr"] = recipe.adam_lr * rate
+        loss = one_step(stage.step)
+        descend(loss, parameters, [muon, adam])
+        with torch.no_grad():
+            decay = min(recipe.ema, stage.step / (9 + stage.step))
+            torch._foreach_lerp_(weights, parameters, 1 - decay)
+        losses.append(loss.detach())
+        if len(losses) == recipe.log_every:
+            log(run, stage="teacher", step=stage.step, seconds=stage.seconds(),
+                loss=torch.stack(losses).mean().item(), rate=rate)
+            losses = []
+        if stage.save_is_due(recipe.save_minutes):
+            checkpoint(run, stage, model)
+    if stage.step:
+        checkpoint(run, stage, model)
+    return model, stage.complete
+
+
+# --- Report -------------------------------------------------------------------------------------
+
+
+def report(run, model):
+    """report.json: scores on unseen prompts by steps and guidance, open and given prompts apart.
+
+    Open prompts leave a third of the attributes out, given ones name all. One step without
+    guidance should be clearly worse on open prompts: that is what distillation has to win.
+    """
+    recipe, rows = model.recipe, []
+    many, guidance = recipe.sample_steps, recipe.guidance
+    prompts = {"open": data.prompt_list(recipe.report_prompts, seed=4),
+               "given": data.prompt_list(recipe.report_prompts, seed=5, drop=0.0)}
+    settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
+    for (steps, strength), kind in itertools.product(settings, prompts):
+        if stopping():
+            return
+        images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
+        row = {"prompts": kind, "steps": steps, "guidance": strength}
+        rows.append(row | evaluate.score(images, prompts[kind]))
+        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
+        evaluate.write_json(os.path.join(run.out, "report.json"), rows)
+        log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def work(recipe, run, drawings, meeting):
+    """All of one worker's stages after the drawing."""
+    torch.set_num_threads(1)
+    if run.rank:
+        for number in (signal.SIGINT, signal.SIGTERM):           # rank 0 says when to stop
+            signal.signal(number, signal.SIG_IGN)
+    if run.workers > 1:
+        dist.init_process_group("gloo", init_method="file://" + meeting, rank=run.rank,
+                                world_size=run.workers)
+    tokenizer = Tokenizer.from_file(os.path.join(run.out, "tokenizer.json"))
+    vae = train_vae(recipe, run, drawings)
+    if vae is not None:
+        cards = encode_cards(recipe, run, vae, drawings)
+        model, complete = train_teacher(recipe, run, tokenizer, vae, cards)
+        if complete and run.rank == 0 and recipe.report_prompts:
+            report(run, model)
+    if run.workers > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Train the cards model: VAE, then teacher.")
+    parser.add_argument("--out", required=True, help="folder; the same again continues a run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=1,
+                        help="CPU processes of one thread each, which share the batch")
+    parser.add_argument("--minutes", type=float, help="time for the teacher")
+    parser.add_argument("--vae-minutes", type=float, help="time for the VAE")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run of every stage")
+    parser.add_argument("--stop-after", type=int,
+                        help="stop each stage after this many steps, to continue later")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
+                        help="other numbers of the recipe")
+    return parser.parse_args()
+
+
+def recipe_from(args):
+    recipe = replace(Recipe(), **(GPU if args.device == "cuda" else {}))
+    recipe = replace(recipe, **(SMOKE if args.smoke else {}))
+    for name in ("minutes", "vae_minutes"):
+        if getattr(args, name) is not None:
+            recipe = replace(recipe, **{name: getattr(args, name)})
+    for setting in args.set:
+        name, _, value = setting.partition("=")
+        try:
+            value = type(getattr(recipe, name))(json.loads(value))
+        except (AttributeError, ValueError):
+            names = ", ".join(vars(recipe))
+            raise UserError(f"--set {setting}: give NAME=NUMBER, with a name of {names}") from None
+        recipe = replace(recipe, **{name: value})
+    return recipe
+
+
+def check(args, recipe):
+    if args.workers < 1 or recipe.batch % args.workers:
+        raise UserError(f"--workers should divide the batch of {recipe.batch}, "
+                        f"not be {args.workers}")
+    if args.workers > 1 and "fork" not in multiprocessing.get_all_start_methods():
+        raise UserError("--workers above 1 needs a system that can fork processes, as Linux can")
+    if args.device == "cuda" and args.workers > 1:
+        raise UserError("--workers is for the CPU: a GPU is worked by one process")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    for name in ("minutes", "vae_minutes"):
+        if not getattr(recipe, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} should be above 0")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {args.out}: {error.strerror}") from None
+
+
+def main():
+    args = arguments()
+    recipe = recipe_from(args)
+    check(args, recipe)
+    torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True
+    listen()
+    run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
+    log(run, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
+    tokenizer = data.build_tokenizer()
+    write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
+    drawings = Drawings(recipe, tokenizer)
+    if not os.path.exists(os.path.join(args.out, "cards.pt")):
+        on_gpu = args.device == "cuda"
+        drawings.start(max(os.cpu_count() - 2, 1) if on_gpu else args.workers)
+        if not on_gpu:
+            drawings.wait(recipe.drawings)                       # before the workers are forked
+    with tempfile.TemporaryDirectory() as folder:
+        rest = drawings, os.path.join(folder, "meeting")
+        others = [multiprocessing.get_context("fork").Process(
+            target=work, args=(recipe, run._replace(rank=rank), *rest), daemon=True)
+            for rank in range(1, args.workers)]
+        for process in others:
+            process.start()
+        work(recipe, run, *rest)
+        for process in others:
+            process.join()
+
+
+if __name__ == "__main__":
+    run_command(main)

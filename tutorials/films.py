@@ -1,0 +1,63 @@
+"""The collapse of the spear as a film: three runs on the pinwheel, at a constant learning rate."""
+
+import io
+
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+
+import figures as fig
+from convert_weights import write_whole
+from figures import STUDENT
+from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples
+
+MOMENTS = [0, 2, 4, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 320,
+           400]
+RUNS = {"CA alone (the spear)": {"shield": False}, "DM alone (the shield)": {"alpha": 1.0},
+        "CA + DM": {}}
+
+
+def run_films(teacher, count=400):
+    """{name of a run: {iteration: samples}}."""
+    films = {}
+    for name, options in RUNS.items():
+        frames = films[name] = {}
+
+        def watch(i, average, frames=frames):
+            if i in MOMENTS:
+                frames[i] = samples(average, 2)
+
+        distill_pinwheel(teacher, count=count, constant_rate=True, watch=watch, **options)
+    return films
+
+
+def draw_frame(films, i):
+    """One frame of the film as an image of 720 x 264 pixels."""
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.64), dpi=100)
+    for axis, (name, frames) in zip(axes, films.items(), strict=True):
+        off = measure(frames[i])["off"]
+        fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{name}\noff {off:.2f}", count=400)
+    figure.suptitle(f"iteration {i}", x=0.01, ha="left", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
+
+
+def pinwheel_film(folder):
+    """Writes film.gif, and film.png, its first moments as a strip."""
+    torch.set_num_threads(1)
+    films = run_films(fit_teacher())
+    images = [draw_frame(films, i).quantize(64) for i in MOMENTS]
+    times = [1500] + [500] * (len(images) - 2) + [3000]
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / "film.gif", lambda path: images[0].save(
+        path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
+    moments = (0, 2, 6, 10, 20, 60, 400)
+    figure, axes = plt.subplots(3, len(moments), figsize=(10, 4.8))
+    for row, (name, frames) in zip(axes, films.items(), strict=True):
+        for axis, i in zip(row, moments, strict=True):
+            off = measure(frames[i])["off"]
+            fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{i}: off {off:.2f}", size=2)
+        row[0].set_ylabel(name, fontsize=8)
+    fig.save(figure, "film.png")

@@ -1,0 +1,171 @@
+"""The pinwheel: five thin spiral arms in 2-D, a teacher trained on them, and a distillation loop.
+
+A prompt is the number of an arm, 0 to 4, as a tensor (B,); -1 is no prompt. The teacher is a small
+network that has learned the arms from samples, with faults, as every trained network has. So
+guidance has something to mend.
+Notebooks 3, 4 and 5 use it; notebook 4 writes the loop of `distill_pinwheel` out line by line.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from distill import (  # noqa: E402
+    backward_simulation,
+    cfg_augmentation,
+    distribution_matching,
+    fake_loss,
+    proxy_loss,
+    renoise,
+    shift_time,
+)
+from mixture import MLP, sliced_distance  # noqa: E402
+from sampler import sample, time_schedule  # noqa: E402
+
+ARMS, WIDTH = 5, 0.06
+NULL = torch.tensor([-1])
+
+
+def arm(c, u):
+    """The middle line of arm c (B,) at u (B,), 0 the inner end, 1 the outer one -> (B, 2)."""
+    radius, angle = 0.5 + 1.4 * u, 2 * math.pi * c / ARMS + 2.5 * u
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+
+
+def draw(text, g):
+    """One data point for each prompt (B,) -> (B, 2): roughly even along the arm, a little wide."""
+    u = torch.rand(text.shape, generator=g).sqrt()
+    return arm(text.float(), u) + WIDTH * torch.randn(*text.shape, 2, generator=g)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- Measures: what a reader sees in the picture ------------------------------------------------
+
+COUNT = 2000
+TEXT = torch.arange(COUNT) % ARMS
+NOISE = torch.randn(COUNT, 2, generator=seeded(1))
+DATA = draw(TEXT, seeded(99))
+
+
+def is_off(x, text):
+    """Which samples (B, 2) are over three widths from the middle line of their own arm -> bool."""
+    u = torch.linspace(0, 1, 200).expand(ARMS, -1)
+    lines = arm(torch.arange(ARMS).float()[:, None], u)
+    return (x[:, None] - lines[text]).norm(dim=-1).amin(1) > 3 * WIDTH
+
+
+def covered(x, text, radius=0.12):
+    """Share of the data points that have a sample of their own arm within `radius`."""
+    near = [torch.cdist(DATA[TEXT == c], x[text == c]).amin(1) < radius for c in range(ARMS)]
+    return torch.cat(near).float().mean().item()
+
+
+def measure(x, text=TEXT):
+    """The four numbers of a cloud of samples (2000, 2) -> dict."""
+    distances = [sliced_distance(x[text == c], DATA[TEXT == c]) for c in range(ARMS)]
+    return {"off": is_off(x, text).float().mean().item(), "covered": covered(x, text),
+            "W1": sum(distances) / ARMS, "std": (x.std() / DATA.std()).item()}
+
+
+def samples(net, steps, guidance=0.0):
+    """2,000 samples of a net from the same noise every time -> (2000, 2)."""
+    return sample(net, NOISE, TEXT, time_schedule(steps, 1.0), guidance, NULL)
+
+
+# --- The teacher ---------------------------------------------------------------------------------
+
+
+def fit_teacher(seed=0, count=800, batch=256):
+    """Flow matching on samples of the arms; 15 % of the prompts are left out, for guidance."""
+    torch.manual_seed(seed)
+    g, net = seeded(seed), MLP(ARMS, 64)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    for _ in range(count):
+        text = torch.randint(ARMS, (batch,), generator=g)
+        x, noise = draw(text, g), torch.randn(batch, 2, generator=g)
+        t = shift_time(torch.rand(batch, generator=g), 2.0)
+        text = text.where(torch.rand(batch, generator=g) > 0.15, NULL)
+        loss = F.mse_loss(net(renoise(x, t, noise), t, text), x - noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.requires_grad_(False)
+
+
+# --- Distillation --------------------------------------------------------------------------------
+
+
+def hybrid(t, g):
+    """-> (tau_dm, tau_ca) for outputs made at times t (B,): DM looks everywhere, CA after t."""
+    return torch.rand(t.shape, generator=g), t + (1 - t) * torch.rand(t.shape, generator=g)
+
+
+def update(loss, optimizer, clip=1.0):
+    """One step of an optimizer, with the norm of the gradient limited."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    optimizer.step()
+
+
+def learner(net):
+    """A copy of a net that can be trained, and its optimizer."""
+    net = copy.deepcopy(net).requires_grad_(True)
+    return net, torch.optim.Adam(net.parameters(), 1e-3, betas=(0.0, 0.999))
+
+
+def average_into(average, net, keep):
+    """The running average of a net's weights moves (1 - keep) of the way to them."""
+    with torch.no_grad():
+        for mean, value in zip(average.parameters(), net.parameters(), strict=True):
+            mean.lerp_(value, 1 - keep)
+
+
+def distill_pinwheel(teacher, alpha=2.0, shield=True, schedule=hybrid, count=400, seed=0,
+                     constant_rate=False, watch=None, start=None):
+    """CA + DM on the pinwheel -> a student of two steps, with averaged weights.
+
+    alpha 1 leaves CA out, shield False leaves DM out. schedule(t, g) -> (tau_dm, tau_ca).
+    watch(iteration, average): called before every iteration and at the end. start: the net that
+    student and fakes start from, if not the teacher. Each of the two steps has a fake of its own.
+    """
+    steps = 2
+    g, times = seeded(seed), time_schedule(steps, 1.0)
+    student, optimizer = learner(start or teacher)
+    fakes = [learner(start or teacher) for _ in range(steps)]
+    average = copy.deepcopy(student).requires_grad_(False)
+    for i in range(count):
+        if watch:
+            watch(i, average)
+        rate = 1e-3 if constant_rate else 1e-3 * (1 - i / count)
+        for each in (optimizer, *(fake_optimizer for _, fake_optimizer in fakes)):
+            each.param_groups[0]["lr"] = rate
+        text, noise = torch.randint(ARMS, (128,), generator=g), torch.randn(4, 128, 2, generator=g)
+        step = int(torch.randint(steps, (), generator=g))
+        fake, fake_optimizer = fakes[step]
+        x, t = backward_simulation(student, noise[0], text, times, step)
+        tau_dm, tau_ca = schedule(t, g)
+        delta = torch.zeros_like(x)
+        if shield:
+            delta = delta + distribution_matching(teacher, fake, x, tau_dm, text, noise[1])
+        if alpha != 1:
+            delta = delta + cfg_augmentation(teacher, x, tau_ca, text, NULL, alpha, noise[2])
+        update(proxy_loss(x, delta), optimizer)
+        for _ in range(2 if shield else 0):
+            tau = torch.rand(128, generator=g)
+            update(fake_loss(fake, x, tau, text, torch.randn(128, 2, generator=g)), fake_optimizer)
+        average_into(average, student, min(0.98, (1 + i) / (10 + i)))
+    if watch:
+        watch(count, average)
+    return average
