@@ -357,16 +357,15 @@ def open_checkpoint(path=None, **named):
     file, or a hub name. named: dit, text_encoder, vae, tokenizer, in the place of those of `path`.
     """
     named = {part: Path(place) for part, place in named.items() if place is not None}
-    files, settings = formats.find_parts(path, named) if path is not None else ({}, {})
-    like = files
-    files = {**files, **named}
+    places, settings = formats.find_parts(path, named) if path is not None else ({}, {})
+    files = {**places, **named}
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
     if missing:
         options = " ".join(f"--{part.replace('_', '-')} FILE" for part in missing)
         raise UserError(
             f"{path or 'the model'} lacks {', '.join(missing)}: put such files beside it, or give "
             f"{options}; to fetch what is missing: --model {RELEASE} --dit {files.get('dit')}")
-    networks = {kind: open_network(kind, files[kind], like.get(kind)) for kind in NETWORKS}
+    networks = {kind: open_network(kind, files[kind], places.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
     if text and not settings:
         settings = formats.check_settings(parse_json(text, files["dit"]), files["dit"])
