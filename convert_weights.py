@@ -176,16 +176,17 @@ class Network(NamedTuple):
     metadata: dict    # of the file's header
 
 
-def official_tensors(network, adapters=()):
+def official_tensors(network, adapters=(), dtype=torch.float32):
     """Yields (official name, tensor), one at a time: stored, dequantized, changed by adapters.
 
-    A plain tensor is a view of the mapped file, in its dtype. What is computed is float32.
+    A plain tensor is a view of the mapped file, in its dtype. A dequantized one is float32. What
+    adapters change is computed in float32, and cast to `dtype`.
     """
     changes = formats.read_adapters(adapters, linear_modules(network))
     for name, piece in network.pieces.items():
         tensor = formats.dequantize(piece.stored, piece.first, piece.shape)
-        for change in changes.get(name, ()):
-            tensor = change(tensor.float())
+        if name in changes:
+            tensor = formats.add_changes(tensor, changes[name], dtype)
         yield name, tensor
 
 
@@ -207,7 +208,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     network = bind_stored(network, module, keep or {}, adapters, device)
     dtype = dtype or common_dtype(network)
     weights = {}
-    steps = tqdm(official_tensors(network, adapters), f"loading {kind}", len(network.pieces),
+    steps = tqdm(official_tensors(network, adapters, dtype), f"loading {kind}", len(network.pieces),
                  leave=False, delay=1)
     for name, stored in steps:
         tensor = stored.to(device, dtype)
@@ -225,17 +226,19 @@ load_vae = partial(load, "vae")
 
 
 def build(kind, config):
-    """An empty network on the meta device.
+    """An empty network on the meta device, where there is nothing to initialize.
 
-    There is nothing to initialize there, but nn.Embedding would import PyTorch's compiler for it,
-    which takes a second.
+    nn.Embedding would import PyTorch's compiler for that, which takes a second.
     """
-    reset, nn.Embedding.reset_parameters = nn.Embedding.reset_parameters, lambda self: None
+    resets = {layer: layer.reset_parameters for layer in (nn.Embedding, nn.Linear, nn.Conv2d)}
     try:
+        for layer in resets:
+            layer.reset_parameters = lambda self: None
         with torch.device("meta"):
             return NETWORKS[kind][0](config)
     finally:
-        nn.Embedding.reset_parameters = reset
+        for layer, reset in resets.items():
+            layer.reset_parameters = reset
 
 
 def bind_stored(network, module, keep, adapters, device):
@@ -354,16 +357,15 @@ def open_checkpoint(path=None, **named):
     file, or a hub name. named: dit, text_encoder, vae, tokenizer, in the place of those of `path`.
     """
     named = {part: Path(place) for part, place in named.items() if place is not None}
-    files, settings = formats.find_parts(path, named) if path is not None else ({}, {})
-    like = files
-    files = {**files, **named}
+    places, settings = formats.find_parts(path, named) if path is not None else ({}, {})
+    files = {**places, **named}
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
     if missing:
         options = " ".join(f"--{part.replace('_', '-')} FILE" for part in missing)
         raise UserError(
             f"{path or 'the model'} lacks {', '.join(missing)}: put such files beside it, or give "
             f"{options}; to fetch what is missing: --model {RELEASE} --dit {files.get('dit')}")
-    networks = {kind: open_network(kind, files[kind], like.get(kind)) for kind in NETWORKS}
+    networks = {kind: open_network(kind, files[kind], places.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
     if text and not settings:
         settings = formats.check_settings(parse_json(text, files["dit"]), files["dit"])

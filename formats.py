@@ -483,19 +483,19 @@ ADAPTER_KINDS = [
 
 
 def read_adapters(adapters, modules):
-    """(file, strength) pairs -> {official name: [functions of a weight, float32 -> changed]}.
+    """(file, strength) pairs -> {official name: [functions that read a change, see read_change]}.
 
     modules: {name of a module in such files: [(official name, shape) of the weights in it]}.
     """
     changes = {}
     for path, strength in adapters:
         for name, candidates in read_adapter(Path(path), strength, modules).items():
-            changes.setdefault(name, []).append(partial(add_change, path, name, candidates))
+            changes.setdefault(name, []).append(partial(read_change, path, name, candidates))
     return changes
 
 
 def read_adapter(path, strength, modules):
-    """An adapter file -> {official name: [(scale, parts, first row)]}.
+    """An adapter file -> {official name: [(scale, parts, first row, rows)]}.
 
     UserError for anything in the file that cannot be used. Two for one name: the file says it
     twice.
@@ -522,7 +522,7 @@ def read_adapter(path, strength, modules):
         for i, name in enumerate(names):
             # A module of its own (one name) comes before one that stands for q, k and v.
             place = 0 if len(names) == 1 else 9
-            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i])))
+            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i]), rows[i]))
     return changes
 
 
@@ -601,27 +601,42 @@ def adapter_product(parts):
     return one * two if kind == "hada" else torch.kron(one, two)
 
 
-def change_rows(parts, first, rows):
-    """Some rows of the change of a weight, float32, without its scale."""
-    tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
-    if "B" in tensors:                        # the rows of B A are those of B
-        return tensors["B"][first:first + rows] @ tensors["A"]
-    return adapter_product(tensors)[first:first + rows]
+def read_change(path, name, candidates):
+    """The change of one weight: scale, B, A with the change scale * B A, or scale, change, None.
 
-
-def add_change(path, name, candidates, weight):
-    """weight + scale * change. Where a file says a change twice (q and qkv), it counts once."""
-    (scale, parts, first), *others = candidates
-    rows = len(weight)
-    for other_scale, *place in others:
-        change = scale * change_rows(parts, first, rows)
-        other = other_scale * change_rows(*place, rows)
-        if (other - change).norm() > 0.02 * change.norm():
+    Where a file says a change twice, as q and as qkv, it counts once.
+    """
+    changes = []
+    for scale, parts, first, rows in candidates:
+        tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
+        if "A" in tensors:                    # the rows of B A are those of B
+            changes.append((scale, tensors["B"][first:first + rows], tensors["A"]))
+        else:
+            changes.append((scale, adapter_product(tensors)[first:first + rows], None))
+    if len(changes) > 1:
+        one, *others = (scale * (b if a is None else b @ a) for scale, b, a in changes)
+        if any((other - one).norm() > 0.02 * one.norm() for other in others):
             raise UserError(f"{path} says two different things about {name}")
-    if "B" in parts:                          # in one step, to spare memory
-        b, a = (read(parts[key]).float().flatten(1) for key in "BA")
-        return torch.addmm(weight, b[first:first + rows], a, alpha=scale)
-    return weight.add(change_rows(parts, first, rows), alpha=scale)
+    return changes[0]
+
+
+def add_changes(weight, changes, dtype):
+    """weight + the changes of adapters, added in float32, in `dtype`.
+
+    A few rows at a time: they stay in the processor's cache, and in memory that is there already.
+    """
+    changes = [change() for change in changes]
+    result = torch.empty(weight.shape, dtype=dtype)
+    for first in range(0, len(weight), 256):
+        rows = slice(first, first + 256)
+        part = weight[rows].float()
+        for scale, b, a in changes:
+            if a is None:
+                part = part.add(b[rows], alpha=scale)
+            else:
+                part = torch.addmm(part, b[rows], a, alpha=scale)
+        result[rows] = part
+    return result
 
 
 # --- Configurations and tokenizers --------------------------------------------------------------

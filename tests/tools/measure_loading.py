@@ -15,11 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Prefix of every case: import torch first, so that its time does not count.
+# Prefix of every case. The time of imports does not count.
 START = """
-import sys, threading, time
+import pathlib, sys, threading, time
 import torch
 sys.path.append({root!r})
+{imports}
 start, highest = time.perf_counter(), 0
 
 def status(name):
@@ -40,12 +41,15 @@ seconds = time.perf_counter() - start
 print(f"{seconds:8.2f} s   own {max(highest, status('RssAnon')) - before:6.2f} GB"
       f"   mapped {status('RssFile'):6.2f} GB")
 """
-LOAD = "import convert_weights as c\nnets = [{calls}]\n"
+LOAD = "nets = [{calls}]\n"
 
 
 def run(name, code):
     """Runs a case in a process of its own."""
-    command = [sys.executable, "-c", START.format(root=str(ROOT)) + code + END]
+    imports = "import convert_weights as c"
+    if "diffusers" in name:
+        imports = "from diffusers import ZImagePipeline, ZImageTransformer2DModel"
+    command = [sys.executable, "-c", START.format(root=str(ROOT), imports=imports) + code + END]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     print(f"{name:58}{lines[-1] if lines else result.returncode}", flush=True)
@@ -73,21 +77,17 @@ def cases(official, comfy, lora, scratch, with_diffusers):
     yield "the same with a LoRA of rank 32 on all blocks", LOAD.format(calls=single + adapters)
     yield "text encoder as float32", LOAD.format(calls=encoder.replace("bfloat16", "float32"))
     yield "DiT to int8 on disk (convert)", (
-        f"import convert_weights as c, pathlib\n"
         f"net = c.open_network('dit', {str(official / 'transformer')!r})\n"
         f"c.write_network(net, pathlib.Path({str(scratch / 'int8.safetensors')!r}), 'ours', {{}}, "
         f"'int8')\n")
     if with_diffusers:
         yield "diffusers: transformer, bfloat16", (
-            "from diffusers import ZImageTransformer2DModel\n"
             f"net = ZImageTransformer2DModel.from_pretrained({str(official / 'transformer')!r}, "
             "torch_dtype=torch.bfloat16)\n")
         yield "diffusers: the whole pipeline, bfloat16", (
-            "from diffusers import ZImagePipeline\n"
             f"net = ZImagePipeline.from_pretrained({str(official)!r}, "
             "torch_dtype=torch.bfloat16)\n")
         yield "diffusers: DiT in one file", (
-            "from diffusers import ZImageTransformer2DModel\n"
             f"net = ZImageTransformer2DModel.from_single_file("
             f"{str(comfy / 'z_image.safetensors')!r}, config={str(official)!r}, "
             "subfolder='transformer', torch_dtype=torch.bfloat16)\n")
