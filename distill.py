@@ -764,6 +764,9 @@ class Run:
             reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
             dcp.load(self.tensors(), storage_reader=reader)
             progress = Progress(**convert_weights.read_json(folders[-1] / "progress.json"))
+            for name, value in asdict(Progress()).items():
+                if type(getattr(progress, name)) is not type(value):
+                    raise ValueError(f"{name} is {getattr(progress, name)!r}")
             lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             # A killed process can leave half a line: it does not end in a newline.
             lines = [line for line in lines if line.endswith("\n")
@@ -845,7 +848,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
             last = p.done == args.iterations
             if p.done % args.log_every == 0 or last:
                 run.log()
-            if p.done % args.sample_every == 0 or last:
+            if (p.done % args.sample_every == 0 and not p.in_a_row) or last:
                 student = run.save()
                 if callback:
                     callback(p.done, student)

@@ -1,0 +1,410 @@
+"""A run of distill.py on the tiny teacher: what it leaves, how it goes on, how it ends."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distill
+import sampler
+from conftest import TINY, Recorder, refused, run_here
+
+
+class Command:
+    """distill.py on the tiny teacher: two iterations at 32x32, unless told otherwise."""
+
+    def __init__(self, folder):
+        self.out, self.prompts = folder / "run", folder / "prompts.txt"
+        self.prompts.write_text("a cat\na dog\n\n一只狐狸\n", encoding="utf-8")
+
+    def __call__(self, *arguments):
+        return run_here(
+            distill.main, "--teacher", TINY, "--prompts", self.prompts, "--out", self.out,
+            "--size", 32, "--iterations", 2, "--batch-size", 2, "--fake-updates", 1,
+            "--log-every", 1, *arguments)
+
+    def resume(self, *arguments):
+        return run_here(distill.main, "--out", self.out, "--resume", *arguments)
+
+    def log(self):
+        lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def log_without_seconds(self):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in self.log()]
+
+    def checkpoints(self):
+        return sorted(folder.name for folder in (self.out / "checkpoints").iterdir())
+
+    def tensors(self):
+        newest = self.out / "checkpoints" / self.checkpoints()[-1]
+        tensors = load_file(next(newest.glob("*.safetensors")))
+        return {name: tensor.clone() for name, tensor in tensors.items()}   # not views of the file
+
+
+@pytest.fixture
+def command(tmp_path):
+    return Command(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run of two iterations and two checkpoints, made once."""
+    command = Command(tmp_path_factory.mktemp("finished"))
+    assert command("--sample-every", 1, "--constant-rate").returncode == 0
+    return command.out
+
+
+@pytest.fixture
+def finished(finished_run, command):
+    """A copy of it, to damage or to go on with."""
+    shutil.copytree(finished_run, command.out)
+    path = command.out / "config.json"
+    config = path.read_text().replace(str(finished_run.parent), str(command.out.parent))
+    path.write_text(config)
+    return command
+
+
+class OnCall:
+    """Stands for distill.training_step; does something else in the calls with these numbers."""
+
+    def __init__(self, numbers, action):
+        self.numbers, self.action, self.count = numbers, action, 0
+        self.step = distill.training_step
+
+    def __call__(self, *arguments):
+        self.count += 1
+        if self.count in self.numbers:
+            self.action()
+        return self.step(*arguments)
+
+
+def not_finite():
+    raise FloatingPointError("a loss or its gradient is not finite")
+
+
+def kill():
+    raise MemoryError("as if killed")
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- What a run leaves --------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_it_promises(command):
+    result = command("--sample-every", 1, "--warmup", 1)
+    assert result.returncode == 0, result.stderr
+    assert "sampler.py" in result.stdout and str(command.out / "student") in result.stdout
+    assert {f.name for f in command.out.iterdir()} == {
+        "config.json", "log.jsonl", "samples", "student", "checkpoints"}
+    assert sorted(f.name for f in (command.out / "samples").iterdir()) == [
+        "000001.png", "000002.png"]
+    assert command.checkpoints() == ["00000002", "00000003"]       # the warm-up counts
+    student = sampler.load_pipeline(command.out / "student")
+    assert (student.steps, student.trained_steps, student.guidance) == (4, 4, 0.0)
+    assert (student.size, student.shift) == (32, 3.0)
+
+
+def test_the_log_tells_a_good_run_from_a_bad_one(command):
+    assert command().returncode == 0
+    assert [line["iteration"] for line in command.log()] == [1, 2]
+    for name in ("loss", "fake_loss", "dm_rms", "ca_rms", "dm_over_ca", "cosine", "x_mean", "x_std",
+                 "std_ratio", "saturation", "forwards", "backwards", "skipped", "lr", "fake_lr",
+                 "seconds"):
+        assert isinstance(command.log()[-1][name], float), name
+
+
+def test_the_log_counts_the_passes_of_the_algorithm(command, monkeypatch):
+    """Student: step + 1; teacher: one for DM, two for CA; fake: one for DM, one an update."""
+    recorder = Recorder(distill.backward_simulation)
+    monkeypatch.setattr(distill, "backward_simulation", recorder)
+    assert command("--fake-updates", 3).returncode == 0
+    for line, (*_, step) in zip(command.log(), recorder.calls, strict=True):
+        assert line["forwards"] == (step + 1) + 3 + 1 + 3 and line["backwards"] == 1 + 3
+
+
+def test_rates_rise_and_fall(command):
+    assert command("--lr", 1e-7, "--fake-lr", 3e-8, "--iterations", 3).returncode == 0
+    assert [line["lr"] for line in command.log()] == pytest.approx(
+        [1e-7 * i / distill.WARMUP for i in (1, 2, 3)])
+    assert command.log()[0]["fake_lr"] == 3e-8
+    args = distill.parse_arguments([])
+    assert distill.learning_rate(390, args) == pytest.approx(2e-4 * 10 / 400)
+    args.constant_rate = True
+    assert distill.learning_rate(390, args) == 2e-4
+
+
+def test_the_student_is_the_average_of_its_weights(command):
+    """After one iteration with --ema .5 the average has moved by 1 - min(.5, 1 / 10) = .9."""
+    assert command("--ema", 0.5, "--iterations", 1, "--lr", 1e-2).returncode == 0
+    state, teacher = command.tensors(), sampler.load_pipeline(TINY).dit.state_dict()
+    student = load_file(command.out / "student" / "dit.safetensors")
+    moved = 0
+    for name, start in teacher.items():
+        wanted = torch.lerp(start, state[f"student.{name}"], 0.9)
+        torch.testing.assert_close(state[f"averaged.{name}"], wanted)
+        assert torch.equal(student[name], wanted.to(torch.bfloat16))
+        moved += not torch.equal(start, wanted)
+    assert moved > 10
+
+
+def test_std_ratio_compares_with_the_teachers_pictures(command):
+    assert command().returncode == 0
+    teacher, wanted = sampler.load_pipeline(TINY), []
+    for prompt, seed in (("a cat", 0), ("a dog", 1), ("一只狐狸", 2)):
+        wanted.append(sampler.generate(teacher, prompt, 32, 32, seed=seed, output="latent"))
+    line = command.log()[-1]
+    ratio = line["x_std"] / torch.cat(wanted).std().item()
+    assert line["std_ratio"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_a_student_of_several_numbers_of_steps(command, monkeypatch):
+    recorder = Recorder(distill.training_step)
+    monkeypatch.setattr(distill, "training_step", recorder)
+    assert command("--steps", "2,1,8", "--iterations", 12).returncode == 0
+    drawn = {arguments[4].steps for arguments in recorder.calls}
+    assert drawn == {1, 2, 8}
+    student = sampler.load_pipeline(command.out / "student")
+    assert student.steps == 2 and list(student.trained_steps) == [2, 1, 8]
+
+
+def test_follow_pulls_the_fake_to_the_student(command):
+    """--follow 1 makes the fake the student; the fake's own optimizer goes on."""
+    assert command("--follow", 1, "--lr", 1e-3).returncode == 0
+    state = command.tensors()
+    names = [name for name in state if name.startswith("student.") and "exp_avg" not in name
+             and not name.endswith(".step")]
+    assert len(names) > 10
+    for name in names:
+        assert torch.equal(state[name], state[name.replace("student.", "fake.", 1)]), name
+
+
+def test_no_dm_trains_no_fake(command):
+    assert command("--no-dm").returncode == 0
+    assert all("fake_loss" not in line and line["dm_rms"] == 0 for line in command.log())
+    state, teacher = command.tensors(), sampler.load_pipeline(TINY).dit.state_dict()
+    assert all(torch.equal(state[f"fake.{name}"], value) for name, value in teacher.items())
+
+
+def test_a_prompt_file_is_read_line_by_line(tmp_path):
+    lines = [f"prompt {i} 猫" for i in range(5000)]
+    path = tmp_path / "many.txt"
+    path.write_text("\ufeff" + "\n\n".join(lines) + "\n  \n", encoding="utf-8")
+    prompts = distill.PromptFile(path)
+    assert len(prompts) == 5000 and [prompts[i] for i in (0, 17, 4999)] == [
+        lines[i] for i in (0, 17, 4999)]
+    assert max(len(str(value)) for value in vars(prompts).values()) < 10 * 5000   # places only
+
+
+# --- Going on -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(command, monkeypatch, tmp_path):
+    """Cut off in the fourth iteration of five, moved, and resumed from another directory."""
+    options = ["--iterations", 5, "--sample-every", 2, "--warmup", 2, "--log-every", 3]
+    assert command(*options).returncode == 0
+    whole, log = command.tensors(), command.log_without_seconds()
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "training_step", OnCall([4], kill))
+        assert command(*options, "--overwrite").returncode == 2
+    assert command.checkpoints()[-1] == "00000004"
+    with open(command.out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"iterat')                               # as a killed process leaves it
+    command.out = command.out.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    command.out = "../moved"
+    assert command.resume().returncode == 0
+    command.out = tmp_path / "moved"
+    assert same_tensors(whole, command.tensors())
+    assert command.log_without_seconds() == log
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends(command, monkeypatch, number, code):
+    options = ["--iterations", 4, "--log-every", 3]
+    assert command(*options).returncode == 0
+    whole, log = command.tensors(), command.log_without_seconds()
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "training_step", OnCall([2], lambda: os.kill(os.getpid(), number)))
+        result = command(*options, "--overwrite")
+    assert result.returncode == code and "--resume" in result.stderr
+    assert command.checkpoints() == ["00000002"]
+    assert command.resume().returncode == 0
+    assert same_tensors(whole, command.tensors())
+    # The last pictures are those of the end, so only their figure differs before.
+    assert command.log_without_seconds()[-1] == log[-1]
+
+
+def test_a_signal_in_the_warm_up_saves_too(command, monkeypatch):
+    with monkeypatch.context() as patch:
+        step = Recorder(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(distill, "warm_up", step)
+        assert command("--warmup", 3).returncode == 0
+    assert command.checkpoints() == ["00000001"]
+    assert command.resume().returncode == 0 and len(command.log()) == 2
+
+
+def test_the_last_checkpoints_are_kept(command):
+    assert command("--iterations", 5, "--sample-every", 1, "--keep", 3).returncode == 0
+    assert command.checkpoints() == ["00000003", "00000004", "00000005"]
+
+
+def test_a_finished_run_can_be_made_longer(finished):
+    assert finished.resume("--iterations", 4).returncode == 0
+    assert [line["iteration"] for line in finished.log()] == [1, 2, 3, 4]
+    assert finished.resume().returncode == 0 and len(finished.log()) == 4
+
+
+def test_another_run_is_refused(finished):
+    assert refused(finished.resume("--alpha", 3), "--alpha", "2.0", "3.0")
+    assert refused(finished.resume("--steps", "1,2"), "--steps")
+    finished.prompts.write_text("other prompts\n", encoding="utf-8")
+    assert refused(finished.resume(), "prompts")
+
+
+def test_teacher_and_prompts_may_lie_elsewhere(finished, tmp_path):
+    moved = finished.prompts.rename(tmp_path / "moved.txt")
+    teacher = shutil.copytree(TINY, tmp_path / "teacher")
+    result = finished.resume("--iterations", 3, "--prompts", moved, "--teacher", teacher)
+    assert result.returncode == 0, result.stderr
+    assert finished.resume("--iterations", 4).returncode == 0       # it remembers the new place
+
+
+def test_leftovers_of_a_dead_process_are_removed(finished):
+    (finished.out / "checkpoints" / ".part-1234").mkdir()
+    assert finished.resume("--iterations", 3).returncode == 0
+    assert not list(finished.out.rglob("*.part*"))
+
+
+def damage_bytes(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def drop_tensors(path):
+    path.write_bytes((TINY / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("name, content", [
+    ("progress.json", b""), ("progress.json", b"[]"), ("progress.json", b'{"done": 1, "else": 2}'),
+    ("progress.json", b'{"done": "3"}'), ("progress.json", b'{"done": NaN}'),
+    ("progress.json", b'{"recent": 5}'), ("*.safetensors", b"not a checkpoint"),
+    ("*.safetensors", b""), ("../../log.jsonl", b"\xff\xfe"), ("../../log.jsonl", b"[1]\n"),
+    ("../../log.jsonl", b'{"iteration": null}\n'), ("../../config.json", b"{}"),
+    ("../../config.json", b'{"made_by": "distill.py"}'),
+    ("../../config.json", b'{"made_by": "distill.py", "arguments": [1]}'),
+    ("../../config.json", b'{"made_by": "distill.py", "arguments": ["--lr=null"]}')])
+def test_damaged_files_end_in_one_sentence(finished, name, content):
+    newest = finished.out / "checkpoints" / finished.checkpoints()[-1]
+    path = newest / name if ".." in name else next(newest.glob(name))
+    path.write_bytes(content)
+    assert refused(finished.resume("--iterations", 3))
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished):
+    newest = finished.out / "checkpoints" / finished.checkpoints()[-1]
+    drop_tensors(next(newest.glob("*.safetensors")))
+    assert refused(finished.resume("--iterations", 3), newest)
+
+
+def test_a_damaged_checkpoint_can_be_removed(finished):
+    whole = finished.tensors()
+    damage_bytes(next((finished.out / "checkpoints" / "00000002").glob("*.safetensors")))
+    assert refused(finished.resume(), "00000002")
+    shutil.rmtree(finished.out / "checkpoints" / "00000002")
+    assert finished.resume().returncode == 0 and same_tensors(whole, finished.tensors())
+
+
+def test_runs_of_older_versions_are_refused(finished):
+    (finished.out / "state.pt").write_bytes(b"\x80\x02}q\x00.")
+    assert refused(finished.resume(), "state.pt")
+
+
+def test_what_is_there_is_kept(command, tmp_path):
+    assert refused(command.resume(), "no checkpoint")
+    assert command().returncode == 0
+    before = command.tensors()
+    assert refused(command(), "--resume", "--overwrite")
+    assert refused(command.resume("--overwrite"), "--resume", "--overwrite")
+    assert same_tensors(before, command.tensors())
+    assert command("--overwrite", "--iterations", 1).returncode == 0 and len(command.log()) == 1
+
+
+@pytest.mark.parametrize("config", [None, '{"model": "mine"}'])
+def test_folders_of_others_are_never_removed(command, tmp_path, config):
+    command.out = tmp_path / "mine"
+    command.out.mkdir()
+    (command.out / "thesis.txt").write_text("years of work")
+    if config:
+        (command.out / "config.json").write_text(config)
+    assert refused(command("--overwrite"), "mine")
+    assert (command.out / "thesis.txt").read_text() == "years of work"
+
+
+# --- Going wrong --------------------------------------------------------------------------------
+
+
+def test_iterations_that_are_not_finite_are_skipped_and_counted(command, monkeypatch):
+    monkeypatch.setattr(distill, "training_step", OnCall([2, 3], not_finite))
+    assert command("--iterations", 4).returncode == 0
+    assert [line["skipped"] for line in command.log()] == [0, 1, 2, 2]
+    assert ["loss" in line for line in command.log()] == [True, False, False, True]
+
+
+def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "training_step", OnCall(range(4, 100), not_finite))
+        result = command("--iterations", 40, "--sample-every", 3)
+    assert refused(result, "--lr", "checkpoints")
+    good = command.out / "checkpoints" / "00000003"
+    assert good.exists()
+    assert sampler.load_pipeline(command.out / "student").trained_steps == 4
+
+
+def test_a_full_disk_is_one_sentence(command, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(distill.dcp, "save", full)
+    assert refused(command(), "No space left")
+    assert not list((command.out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--steps", "0"], ["--steps"]), (["--steps", "1,x"], ["--steps"]),
+    (["--steps", "3000000000"], ["--steps"]), (["--alpha", "0.5"], ["--alpha"]),
+    (["--alpha", "nan"], ["--alpha"]), (["--lr", "-1"], ["--lr"]), (["--lr", "1e300"], ["--lr"]),
+    (["--ema", "2"], ["--ema"]), (["--seed", "-1"], ["--seed"]), (["--seed", 10 ** 14], ["--seed"]),
+    (["--shift", "0"], ["--shift"]), (["--size", "0"], ["--size"]),
+    (["--size", "33"], ["multiple"]),
+    (["--batch-size", 10 ** 20], ["--batch-size"]), (["--follow", "1.5"], ["--follow"]),
+    (["--lora", "0"], ["--lora"]), (["--accumulate", "0"], ["--accumulate"]),
+    (["--no-dm", "--warmup", "5"], ["--no-dm"]), (["--no-dm", "--alpha", "1"], ["--alpha"]),
+    (["--no-dm", "--follow", "0.1"], ["--follow"]), (["--device", "nowhere"], ["nowhere"]),
+    (["--prompts", "missing.txt"], ["missing.txt"]), (["--teacher", "missing"], ["missing"])])
+def test_wrong_options_end_in_one_sentence(command, arguments, words):
+    assert refused(command(*arguments), *words)
+    assert not command.out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xff\xfe\x00"])
+def test_useless_prompt_files_are_refused(command, content):
+    command.prompts.write_bytes(content)
+    assert refused(command(), "prompts.txt")
+
+
+def test_a_teacher_of_ones_own_needs_prompts():
+    assert refused(run_here(distill.main, "--teacher", TINY), "--prompts")
+
+
+def test_a_distilled_teacher_is_warned_about(command):
+    assert command().returncode == 0
+    result = run_here(
+        distill.main, "--teacher", command.out / "student", "--prompts", command.prompts,
+        "--out", command.out.parent / "second", "--iterations", 1, "--batch-size", 2)
+    assert result.returncode == 0 and "distilled already" in result.stderr
