@@ -230,6 +230,11 @@ def film():
     films.pinwheel_film(IMAGES)
 
 
+def collapse():
+    import films
+    films.cards_film(IMAGES)
+
+
 def pages():
     command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -245,6 +250,7 @@ FIGURES = {                                              # name: (how, what and 
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF and strip; 1 minute"),
+    "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
     "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
 
 
