@@ -84,7 +84,7 @@ def run_cards(name, options, iterations, batch, every):
 
 
 def cards_film(folder, iterations=160, batch=8, every=20):
-    """Writes collapse.png and collapse.gif: the same eight prompts as CA alone and CA + DM train."""
+    """Writes collapse.png and collapse.gif: eight prompts while CA alone and CA + DM train."""
     strips = {name: run_cards("collapse-" + name.replace(" ", "").lower(), options, iterations,
                               batch, every) for name, options in CARD_RUNS.items()}
     figure, axes = plt.subplots(2, 1, figsize=(9, 9), squeeze=False)
