@@ -279,7 +279,7 @@ class AutocastNet:
     """
 
     def __init__(self, net, device, dtype, parts=1):
-        self.net, self.parts, self.on_cpu = net, parts, device.type == "cpu"
+        self.net, self.parts = net, parts
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
         self.forwards = self.backwards = 0
 
@@ -292,9 +292,7 @@ class AutocastNet:
         if torch.is_grad_enabled() and self.parts > 1:
             call = partial(checkpoint, self.net, use_reentrant=True)
             x = x.detach().requires_grad_()    # a reentrant checkpoint needs an input with gradient
-        # On a CPU the plain attention kernel's backward is faster than the fused kernel's.
-        kernel = sdpa_kernel(SDPBackend.MATH) if self.on_cpu else nullcontext()
-        with self.autocast(), kernel:
+        with self.autocast():
             return torch.cat([*map(call, x.chunk(self.parts), t.chunk(self.parts), texts)])
 
 
@@ -836,7 +834,10 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
     p, began, student = run.progress, time.perf_counter() - run.progress.seconds, run.student()
     bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
                disable=run.processes.rank > 0)
-    with StopSignals() as stop, bar:
+    # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
+    # for forward and backward passes together, because checkpoints compute again in the latter.
+    kernel = sdpa_kernel(SDPBackend.MATH) if pipeline.device.type == "cpu" else nullcontext()
+    with StopSignals() as stop, bar, kernel:
         for i in range(p.warmed, args.warmup):
             run.warm_up(i)
             bar.update()

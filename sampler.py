@@ -16,9 +16,9 @@ import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 # OpenMP's threads spin while they wait, which on a busy machine costs several times the work.
@@ -29,7 +29,6 @@ try:
     import numpy as np
     import torch
     import torch.nn as nn
-    import torch.nn.functional as F
     from PIL import Image, ImageOps, PngImagePlugin
     from tokenizers import Tokenizer
     from tqdm import tqdm
@@ -38,8 +37,20 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 import convert_weights
+import hardware
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
-from model import PATCH, VAE, Attention, Decoder, DiT, Encoder, TextEncoder
+from hardware import (
+    KEEP,
+    TakeTurns,
+    advise_on_errors,
+    find_device,
+    keep_freed_memory,
+    quantize,
+    stream_blocks,
+    use_cpu_kernels,
+    use_tiles,
+)
+from model import PATCH, VAE, DiT, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's, for one message
 MAX_TOKENS = 512                                # of the templated prompt; the rest is cut off
@@ -81,7 +92,7 @@ def time_schedule(steps, shift):
     The noise levels sigma = 1 - t of a uniform grid are shifted towards noise, as by diffusers'
     FlowMatchEulerDiscreteScheduler: sigma -> s sigma / (1 + (s - 1) sigma).
     """
-    sigma = torch.cat((torch.linspace(1, 1 / max(steps, 1), steps), torch.zeros(1)))
+    sigma = torch.cat((torch.linspace(1, 1 / max(steps, 1), max(steps, 1)), torch.zeros(1)))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     # Rounded as in diffusers, by way of 1000 sigma: the network takes sines of 1000 t.
     times = (1000 - 1000 * sigma) / 1000
@@ -175,10 +186,7 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = check_size(pipeline, height, width)
     times = recommended_times(pipeline, steps, shift)
-    steps = len(times) - 1
-    times = times[int(max(steps - min(steps * strength, steps), 0)):]
-    if len(times) < 2:
-        raise UserError(f"strength {strength} leaves none of {steps} steps: raise one of them")
+    times = times[-1 - steps_left(len(times) - 1, strength):]
     vae_noise, drawn = latent_noise(pipeline, height, width, seed, len(prompts))
     latents = encode_image(pipeline, image, vae_noise)           # (B, C, h, w)
     noise = drawn if noise is None else noise.cpu()
@@ -231,6 +239,14 @@ def recommended_times(pipeline, steps=None, shift=None):
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 
+def steps_left(steps, strength):
+    """How many of the steps image to image takes: the last ones, as in the official pipeline."""
+    left = steps - int(max(steps - min(steps * strength, steps), 0))
+    if left < 1:
+        raise UserError(f"strength {strength} leaves none of {steps} steps: raise one of them")
+    return left
+
+
 def latent_noise(pipeline, height, width, seed, batch):
     """Two draws of Gaussian noise, each (B, C, h, w): item i's come from the seed `seed` + i.
 
@@ -276,14 +292,23 @@ def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False
     return limit_norm(guided, v, cfg_normalization) if cfg_normalization else guided
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, **parts):
+# --- Loading ------------------------------------------------------------------------------------
+#
+# What is optional, to need less memory or time, is applied to the loaded networks: hardware.py.
+
+
+def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, check=None,
+                  **parts):
     """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
     path: a directory of the official layout or ours, one file, or a name on the hub. parts: files
     that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters: (file,
-    strength) pairs of LoRAs. keep: formats to keep as they are stored, such as KEEP below.
+    strength) pairs of LoRAs. keep: formats to keep as they are stored, such as hardware.KEEP.
+    check(checkpoint): called before any weight is read.
     """
     checkpoint = open_checkpoint(path, **parts)
+    if check:
+        check(checkpoint)
     networks = checkpoint.networks
     if checkpoint.shift_assumed:
         warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
@@ -297,405 +322,6 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
         device=torch.device(device),
         **checkpoint.settings,
     )
-
-
-def quantize_rows(weight, dtype):
-    """(rows, columns) -> the same in float8_e4m3fn or int8, and float32 scales (rows, 1)."""
-    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    weight = weight.float()
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / limit
-    rows = weight / scale
-    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
-
-
-@lru_cache
-def hadamard(size, device, dtype):
-    """An orthogonal matrix (size, size) of entries +-1/sqrt(size); size is a power of 4.
-
-    It is symmetric, so it is its own inverse. It is the one of ComfyUI's "convrot" files.
-    """
-    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, h4)
-    return matrix.to(device, dtype)
-
-
-def rotate(x, group):
-    """Each run of `group` numbers of the last dimension of x times the Hadamard matrix.
-
-    A product stays the same if input and weight are both rotated. A single large number is
-    spread over its group, so that it no longer takes the int8 range from its neighbors.
-    """
-    if group == 1:
-        return x
-    return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.device, x.dtype)).flatten(-2)
-
-
-def rotation_group(columns):
-    """The largest power of 4, at most 256, that divides the number of columns."""
-    return next(group for group in (256, 64, 16, 4, 1) if columns % group == 0)
-
-
-# --- Optional: less memory, more speed ----------------------------------------------------------
-#
-# Each of these is applied to a network that is built already, in this order: quantize,
-# use_cpu_kernels, use_tiles, TakeTurns or stream_blocks, dit.compile(). A layer gets another class
-# that keeps its tensors; hooks decide where the tensors lie.
-
-
-def has_bfloat16_products():
-    """True if this CPU has bfloat16 matrix instructions. On x86 these are AVX-512 BF16 and AMX."""
-    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
-
-
-def has_products(dtype, device):
-    """True if the device multiplies float8 (NVIDIA from Hopper on) or int8 matrices.
-
-    int8: NVIDIA from Ampere on, CPUs with AVX-512 VNNI or AMX. Elsewhere torch._int_mm is a plain
-    loop, measured 50 times slower than float32.
-    """
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return capability >= ((8, 0) if dtype == torch.int8 else (9, 0))
-    is_vnni_supported = getattr(torch.cpu, "_is_vnni_supported", bool)
-    return device.type == "cpu" and dtype == torch.int8 and is_vnni_supported()
-
-
-class QuantizedLinear(nn.Linear):
-    """x W^T with W = weight * scale: a byte for each weight, a float32 scale for each row."""
-    group = 1         # of the rotation that the weight has and x needs; 1: none
-
-    def forward(self, x):
-        x = rotate(x, self.group)
-        aligned = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        if aligned and has_products(self.weight.dtype, x.device):
-            rows, row_scale = quantize_rows(x.flatten(0, -2), self.weight.dtype)
-            return self.product(rows, row_scale, x.dtype).unflatten(0, x.shape[:-1])
-        # In floating point. A CPU without bfloat16 instructions is 16 times as fast in float32.
-        slow = x.is_cpu and x.dtype == torch.bfloat16 and not has_bfloat16_products()
-        dtype = torch.float32 if slow else x.dtype
-        y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.flatten().to(dtype)
-        return y.to(x.dtype)
-
-
-class Float8Linear(QuantizedLinear):
-    """float8_e4m3 weights; where the device can multiply them, inputs are rounded to it, too."""
-
-    def product(self, rows, row_scale, dtype):
-        return torch._scaled_mm(rows, self.weight.t(), row_scale, self.scale.t(), out_dtype=dtype)
-
-
-class Int8Linear(QuantizedLinear):
-    """int8 weights; inputs are rounded to int8 with a scale per token, so the product is integer.
-
-    PyTorch's fused kernel, onednn.qlinear_pointwise, takes one scale for all tokens. Some tokens
-    of a text have values a hundred times larger than others, so that does not do.
-    """
-
-    def product(self, rows, row_scale, dtype):
-        padding = max(32 - len(rows), 0)      # a GPU wants more than 16 rows
-        y = torch._int_mm(F.pad(rows, (0, 0, 0, padding)), self.weight.t())[:len(rows)]
-        return (y * row_scale).mul_(self.scale.flatten()).to(dtype)
-
-
-def bind(layer_type, linear, weight, scale, group=1):
-    """Makes a built nn.Linear a quantized layer over these tensors, which may be mapped."""
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
-    linear.register_buffer("scale", scale)
-    linear.group = group
-    linear.__class__ = layer_type
-
-
-# Formats that a file may hold and a network may keep: name -> bind(linear, weight, scale).
-KEEP = {"fp8": partial(bind, Float8Linear), "int8": partial(bind, Int8Linear),
-        "int8_convrot": partial(bind, Int8Linear, group=256)}
-
-
-def quantize(net, kind, device=None):
-    """Turns linear layers without bias into "fp8" or "int8", one by one and in place -> net.
-
-    These are the layers of the blocks and nearly all weights. Those with a bias embed time and
-    caption, and are sensitive. device: quantize there, and leave the layer there. The peak of
-    memory is the quantized network and one tensor, if the network was mapped.
-    """
-    for layer in net.modules():
-        if type(layer) is nn.Linear and layer.bias is None:
-            weight = layer.weight.detach().to(device).float()
-            if kind == "fp8":
-                bind(Float8Linear, layer, *quantize_rows(weight, torch.float8_e4m3fn))
-            else:
-                group = rotation_group(layer.in_features)
-                bind(Int8Linear, layer, *quantize_rows(rotate(weight, group), torch.int8), group)
-    return net
-
-
-class CPULinear(nn.Linear):
-    """nn.Linear on a CPU, by the kernel that is fastest there.
-
-    float32: oneDNN, 1.1 to 1.7 times as fast as PyTorch's own choice on AMD processors. bfloat16
-    without such instructions: a product in float32, 16 times as fast.
-    """
-
-    def forward(self, x):
-        # oneDNN's operation has no backward, and compilers choose kernels themselves.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if x.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-
-
-class Bfloat16Attention(Attention):
-    """Attention in bfloat16 as two matrix products.
-
-    PyTorch's fused attention does not use a CPU's bfloat16 instructions; its matrix products do.
-    A few heads at a time, so that their scores (about two million) stay in the cache.
-    """
-
-    @staticmethod
-    def attend(q, k, v, attn_mask=None, is_causal=False):
-        if is_causal or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
-        out = torch.empty_like(q)
-        q = q * q.shape[-1] ** -0.5
-        heads = max(1, 2_000_000 // (len(q) * q.shape[2] * k.shape[2]))
-        for first in range(0, q.shape[1], heads):
-            some = slice(first, first + heads)
-            scores = q[:, some] @ k[:, some].transpose(-1, -2)       # (B, some H, S, S)
-            if attn_mask is not None:
-                scores.masked_fill_(~attn_mask, -math.inf)
-            out[:, some] = torch.softmax(scores, -1, out=scores) @ v[:, some]
-        return out
-
-
-def use_cpu_kernels(net):
-    """Gives the layers of a network on a CPU the classes that are faster there -> net."""
-    bfloat16_is_fast = has_bfloat16_products()
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    for layer in net.modules():
-        if type(layer) is Attention and bfloat16_is_fast:
-            if layer.to_q.weight.dtype == torch.bfloat16:
-                layer.__class__ = Bfloat16Attention
-        elif type(layer) is nn.Linear:
-            dtype = layer.weight.dtype
-            # Small products are up to 10 % slower through oneDNN.
-            is_large = layer.weight.numel() >= 2 ** 20
-            if dtype == torch.float32 and is_large and has_onednn:
-                layer.__class__ = CPULinear
-            if dtype == torch.bfloat16 and not bfloat16_is_fast:
-                layer.__class__ = CPULinear
-    return net
-
-
-def tensors_of(*modules):
-    """Parameters and buffers of all the modules."""
-    return [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
-
-
-class TakeTurns:
-    """Of these networks only the one that computes is on the device; the others are on the host.
-
-    The host keeps its tensors, mapped or not: unloading a network only drops the copy.
-    """
-
-    def __init__(self, networks, device):
-        self.device = device
-        self.loaded = None
-        self.host = {net: [(t, t.data) for t in tensors_of(net)] for net in networks}
-        for net in networks:
-            for part in net.children():       # `prepare` and `decode` call a part, not the network
-                part.register_forward_pre_hook(partial(self.load, net))
-
-    def load(self, net, *_):
-        if self.loaded is not net:
-            for tensor, host in self.host.get(self.loaded, ()):
-                tensor.data = host
-            for tensor, host in self.host[net]:
-                tensor.data = host.to(self.device)
-            self.loaded = net
-
-
-class BlockStream:
-    """Of blocks that are called one after the other, at most two have their weights on the device.
-
-        computing                 block 0     block 1     block 2   ...
-        copying      block 0      block 1     block 2     block 3   ...
-
-    On a GPU the copies run on a stream of their own, beside the computation if `pin`, which
-    copies the weights to page-locked host memory.
-    """
-
-    def __init__(self, blocks, device, pin=False):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.tensors = [tensors_of(block) for block in blocks]
-        self.host = [[tensor.data for tensor in tensors] for tensors in self.tensors]
-        if pin and self.stream:
-            self.host = [[host.pin_memory() for host in block] for block in self.host]
-        self.loaded = {}                      # index of a block -> its weights on the device
-        self.finished = None                  # event: the block before this one is computed
-        for i, block in enumerate(blocks):
-            self.bind(i, self.host[i])
-            block.register_forward_pre_hook(partial(self.before, i))
-            block.register_forward_hook(partial(self.after, i), always_call=True)
-
-    def load(self, i):
-        with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            self.loaded[i] = [host.to(self.device, non_blocking=True, copy=True)
-                              for host in self.host[i]]
-
-    def bind(self, i, weights):
-        for tensor, weight in zip(self.tensors[i], weights, strict=True):
-            tensor.data = weight
-
-    def before(self, i, *_):
-        if i not in self.loaded:              # the first block
-            self.load(i)
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.bind(i, self.loaded[i])
-
-    def after(self, i, *_):
-        """Block i is queued. Once block i - 1 is computed, its memory is free for block i + 1."""
-        self.bind(i, self.host[i])
-        if self.finished:
-            self.finished.synchronize()
-        self.loaded.pop(i - 1, None)
-        if self.stream:
-            self.finished = torch.cuda.current_stream(self.device).record_event()
-        if i + 1 < len(self.host):
-            self.load(i + 1)
-        else:
-            self.loaded.clear()
-
-
-def stream_blocks(pipeline):
-    """Streams the blocks of text encoder and DiT; the VAE is loaded when it is first used.
-
-    The rest goes to the device, except the word embeddings: few of their rows are ever used.
-    """
-    encoder, dit, device = pipeline.text_encoder, pipeline.dit, pipeline.device
-    stacks = [encoder.layers, dit.context_refiner, [*dit.noise_refiner, *dit.layers]]
-    on_host = tensors_of(encoder.embed_tokens, *itertools.chain(*stacks))
-    on_host = {id(tensor) for tensor in on_host}
-    for tensor in tensors_of(encoder, dit):
-        if id(tensor) not in on_host:
-            tensor.data = tensor.data.to(device)
-    encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: ids[0].cpu())
-    encoder.embed_tokens.register_forward_hook(lambda _, ids, features: features.to(device))
-    for blocks in stacks:
-        BlockStream([*blocks], device, pin=blocks is stacks[-1])
-    TakeTurns([pipeline.vae], device)
-
-
-HALO = 8          # latent pixels around a tile: wider than the layers computed in tiles look aside
-PASSES = 2        # as many as there are norms would be exact; with two there is no seam
-
-
-class TileNorm:
-    """Stands in for a GroupNorm's forward while an image is computed tile by tile.
-
-    Mean and variance belong to the whole image. Each pass collects them from all tiles; `share`
-    averages them for the next pass.
-    """
-
-    def __init__(self, norm):
-        self.norm = norm
-        self.seen = []                        # (pixels, mean, variance) of each tile of this pass
-        self.shared = None                    # mean and variance of the last pass
-        self.core = self.side = None          # (rows, columns) without halo; latent rows with it
-
-    def __call__(self, x):
-        scale = x.shape[-2] // self.side                         # pixels of x per latent pixel
-        rows, columns = (slice(scale * side.start, scale * side.stop) for side in self.core)
-        grouped = x.unflatten(1, (self.norm.num_groups, -1))     # (B, groups, C/groups, h, w)
-        core = grouped[..., rows, columns].flatten(2)
-        variance, mean = torch.var_mean(core, -1, correction=0, keepdim=True)
-        self.seen.append((core.shape[-1], mean, variance))
-        mean, variance = self.shared or (mean, variance)
-        x = ((grouped.flatten(2) - mean) * (variance + self.norm.eps).rsqrt()).view_as(x)
-        return x * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
-
-    def share(self):
-        pixels = sum(n for n, _, _ in self.seen)
-        mean = sum(n * m for n, m, _ in self.seen) / pixels
-        self.shared = mean, sum(n * (v + (m - mean) ** 2) for n, m, v in self.seen) / pixels
-        self.seen = []
-
-
-def spans(length, tile):
-    """Tiles along one side: (the tile, the tile with its halo, the tile within its halo)."""
-    for start in range(0, length, tile):
-        stop, first = min(start + tile, length), max(start - HALO, 0)
-        yield (slice(start, stop), slice(first, min(stop + HALO, length)),
-               slice(start - first, stop - first))
-
-
-def scaled(side, factor):
-    """A slice in latent pixels -> in pixels."""
-    return slice(side.start * factor, side.stop * factor)
-
-
-def in_tiles(layers, x, tile, down=1, up=1):
-    """layers(x), computed tile by tile: (B, C, h, w) -> (B, C', h * up / down, w * up / down).
-
-    tile: in latent pixels; `down` pixels of x and `up` of the result lie along one of them. The
-    memory for activations does not grow with x.
-    """
-    height, width = x.shape[-2] // down, x.shape[-1] // down     # in latent pixels
-    tiles = list(itertools.product(spans(height, tile), spans(width, tile)))
-    norms = [TileNorm(module) for module in layers.modules() if isinstance(module, nn.GroupNorm)]
-    out = None
-    try:
-        for norm in norms:
-            norm.norm.forward = norm          # hides the method of the class
-        for _ in range(PASSES if len(tiles) > 1 else 1):
-            for (rows, rows_halo, rows_core), (columns, columns_halo, columns_core) in tiles:
-                for norm in norms:
-                    norm.core = rows_core, columns_core
-                    norm.side = rows_halo.stop - rows_halo.start
-                part = layers(x[..., scaled(rows_halo, down), scaled(columns_halo, down)])
-                if out is None:
-                    out = part.new_empty(*part.shape[:2], height * up, width * up)
-                out[..., scaled(rows, up), scaled(columns, up)] = part[
-                    ..., scaled(rows_core, up), scaled(columns_core, up)]
-            for norm in norms:
-                norm.share()
-    finally:
-        for norm in norms:
-            del norm.norm.forward
-    return out
-
-
-class TiledEncoder(Encoder):
-    """The VAE's encoder, in tiles down to the size of the latents."""
-
-    def forward(self, image):
-        if image.shape[-2] * image.shape[-1] <= self.above:
-            return super().forward(image)
-        fine = nn.Sequential(self.conv_in, *self.down_blocks[:-1])
-        x = self.down_blocks[-1](in_tiles(fine, image, self.tile, down=self.factor))
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class TiledDecoder(Decoder):
-    """The VAE's decoder, in tiles from the size of the latents on."""
-
-    def forward(self, z):
-        if z.shape[-2] * z.shape[-1] * self.factor ** 2 <= self.above:
-            return super().forward(z)
-        fine = nn.Sequential(*self.up_blocks, self.conv_norm_out, nn.SiLU(), self.conv_out)
-        return in_tiles(fine, self.mid_block(self.conv_in(z)), self.tile, up=self.factor)
-
-
-def use_tiles(vae, tile=64, above=2e6):
-    """Lets the VAE work in tiles (side in latent pixels) on images of more than `above` pixels."""
-    vae.encoder.__class__, vae.decoder.__class__ = TiledEncoder, TiledDecoder
-    for part in (vae.encoder, vae.decoder):
-        part.tile, part.above, part.factor = tile, above, vae.config.downsampling
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -775,10 +401,12 @@ def make_parser():
     add("--tile", action=argparse.BooleanOptionalAction,
         help="VAE in tiles (default: above 2 megapixels, and with --offload blocks)")
     add("--attention", choices=[*ATTENTION], help="the kernel (default: what PyTorch picks)")
+    add("--context-parallel", action="store_true", default=None,
+        help="with torchrun: all processes compute each image together")
     add("--compile", action="store_true", help="a slow start, then faster steps", default=None)
     add("--upscale", choices=["none", "nearest", "lanczos"],
         help="how to enlarge pictures under 256 pixels (default lanczos)")
-    add("--json", action="store_true", help="print a line of JSON for each picture")
+    add("--json", action="store_true", help="print a line of JSON for each picture", default=None)
     return parser
 
 
@@ -799,7 +427,7 @@ def parse_arguments(arguments=None):
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_intermixed_args(split_offload(arguments))
-    args.given = {name for name, value in vars(args).items() if value not in (None, [], False)}
+    args.given = {name for name, value in vars(args).items() if value not in (None, [])}
     if args.size:
         if args.height or args.width:
             raise UserError("--size says both sides: leave out --height and --width")
@@ -812,15 +440,21 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
+    if args.model is None:
+        args.model = find_bundled()
     add_prompts(args)
+    if args.context_parallel and (WORLD == 1 or args.offload):
+        raise UserError("--context-parallel needs torchrun, and does not go with --offload")
+    # Which of the images are this process's: every WORLD-th batch, or all of them.
+    args.share = (0, 1) if args.context_parallel else (RANK, WORLD)
     return args
 
 
 def add_prompts(args):
     """Completes args.prompt from --prompts, and says in args.loop whether they come by and by."""
-    args.loop = args.prompt == ["-"]
-    if args.loop and (args.prompts or WORLD > 1):
-        raise UserError("- reads the prompts: leave out --prompts and torchrun")
+    args.loop = "-" in args.prompt
+    if args.loop and (args.prompt != ["-"] or args.prompts or WORLD > 1):
+        raise UserError("- reads the prompts: leave out other prompts, --prompts and torchrun")
     args.prompt = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not args.prompt:
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
@@ -833,41 +467,47 @@ def read_recorded(parser, args):
     try:
         with Image.open(args.like) as image:
             text = dict(image.text)
-        files = json.loads(text["files"])
-        words = [f"--{key.replace('_', '-')}={text[key]}" for key in json.loads(text["options"])]
-    except OSError as error:
-        raise UserError(f"cannot read {args.like}: {error.strerror or error}") from None
-    except (AttributeError, KeyError, ValueError, SyntaxError):
-        raise UserError(f"{args.like} does not say how this program made it") from None
-    words = [word.replace("=True", "").replace("--tile=False", "--no-tile") for word in words]
-    try:
+        words = [word_of(name, text[name]) for name in json.loads(text["options"])]
         known = vars(parser.parse_args(words))
+        known["width"], known["height"] = known.pop("size")
+        known["prompt"] = [] if args.prompts else [text["prompt"]]
+        for name, files in json.loads(text["files"]).items():
+            if getattr(args, name) in (None, []):
+                found = [(find_file(args.like, name, *file[:2]), *file[2:]) for file in files]
+                known[name] = found if name == "lora" else found[0][0]
+    except OSError as error:
+        reason = error.strerror or "it is not a picture"
+        raise UserError(f"cannot read {args.like}: {reason}") from None
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
-    known["width"], known["height"] = known.pop("size")
-    if not args.prompts:
-        known["prompt"] = [text["prompt"]]
-    for name, entries in files.items():
-        if getattr(args, name) in (None, []):
-            found = [(find_file(args.like, name, *entry[:2]), *entry[2:]) for entry in entries]
-            known[name] = found if name == "lora" else found[0][0]
-    return {name: value for name, value in known.items() if value not in (None, [], False)}
+    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError):
+        raise UserError(f"{args.like} does not say how this program made it") from None
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def fingerprint(path):
-    """convert_weights.fingerprint; None for the name of a model on the hub."""
-    return convert_weights.fingerprint(path) if Path(path).exists() else None
+def word_of(name, value):
+    """An option as it stands on a command line."""
+    option = f"--{name.replace('_', '-')}"
+    flags = {"tile": {"True": "--tile", "False": "--no-tile"}, "compile": {"True": "--compile"}}
+    return flags[name][value] if name in flags else f"{option}={value}"
+
+
+def file_mark(path):
+    """The name and the fingerprint of a file or model; of one on the hub the name alone."""
+    if Path(path).exists():
+        return Path(path).resolve().name, convert_weights.fingerprint(path)
+    return str(path), None
 
 
 def find_file(picture, option, name, digest):
     """The file or model that a picture was made with: here, beside the picture, or bundled."""
-    for path in (Path(name), Path(picture).parent / name, *BUNDLED):
-        if path.exists() and fingerprint(path) == digest:
-            return str(path)
-    if digest is None:                        # a hub name
+    if digest is None:
         return name
-    raise UserError(f"{picture} was made with {name}, which is not here or has changed; name it "
-                    f"with --{option.replace('_', '-')}")
+    for path in (Path(name), Path(picture).parent / name, *BUNDLED):
+        if path.exists() and file_mark(path)[1] == digest:
+            return str(path)
+    raise UserError(f"it was made with {name}, which is not here or has changed; name it with "
+                    f"--{option.replace('_', '-')}")
 
 
 def read_prompts(path):
@@ -897,21 +537,33 @@ def read_image(path):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def fit_size(pipeline, image, height, width):
-    """-> (height, width): given sides stay, the others follow from the picture's proportions.
+def fit_size(pipeline, image, height=None, width=None):
+    """-> (height, width) with a picture's proportions and about the model's number of pixels.
 
-    If neither is given, the number of pixels is about the model's own.
+    A side that is given stays, and the other one follows from the proportions.
     """
     multiple, limit = pipeline.pixel_multiple, min(pipeline.dit.config.axes_lens[1:])
     ratio, area = image.width / image.height, (pipeline.size / multiple) ** 2
-    rows = math.sqrt(area / ratio)
-    rows = height / multiple if height else width / multiple / ratio if width else rows
-    return (setting(height, min(max(round(rows), 1), limit) * multiple),
-            setting(width, min(max(round(rows * ratio), 1), limit) * multiple))
+
+    def nearest(side):
+        return min(max(round(side), 1), limit)
+
+    def misfit(shape):
+        rows, columns = shape
+        larger = math.log(rows * columns / area)
+        return 2 * abs(math.log(columns / rows / ratio)) + abs(larger) + max(2 * larger, 0)
+
+    if height or width:
+        rows = height / multiple if height else nearest(width / multiple / ratio)
+        columns = nearest(rows * ratio)
+    else:
+        rows, columns = min(((rows, nearest(min(rows * ratio, 1.25 * area / rows)))
+                             for rows in range(1, limit + 1)), key=misfit)
+    return setting(height, rows * multiple), setting(width, columns * multiple)
 
 
 def enlarge(image, how):
-    """Shows small pictures at a whole multiple of their size, 256 pixels or more on each side."""
+    """Small pictures at a whole multiple of their size, 256 pixels or more on each side."""
     factor = 1 if how == "none" else -(-256 // min(image.size))
     size = [side * factor for side in image.size]
     return image if factor == 1 else image.resize(size, Image.Resampling[how.upper()])
@@ -935,65 +587,39 @@ def save_png(image, path, info, index=0):
     return name
 
 
-def find_device(name):
-    """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
-    if name == "auto":
-        found = "mps" if torch.backends.mps.is_available() else "cpu"
-        found = "cuda" if torch.cuda.is_available() else found
-        if found == "cuda" and WORLD > 1:
-            found = f"cuda:{os.environ['LOCAL_RANK']}"
-        return torch.device(found)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
-                        "--device cpu, or leave it out") from None
-    return device
-
-
-def keep_freed_memory():
-    """Asks Linux's C library to keep large freed blocks.
-
-    It would return them to the system, which fills them with zeros before the next step.
-    """
-    import ctypes
-
-    with suppress(AttributeError, OSError, TypeError):           # another C library
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(mmap_threshold, 2 ** 30)
-        mallopt(trim_threshold, 2 ** 30)
-
-
-@contextmanager
-def advise_on_errors(advice):
-    """Turns what PyTorch raises for lack of memory, of a compiler or of a kernel into advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError("torch.compile does not work here, leave out --compile: "
-                            + str(error).splitlines()[0]) from None
-        if "No viable backend for scaled_dot_product_attention" in str(error):
-            raise UserError("--attention: this kernel does not run here; leave it out") from None
-        lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(lack, str(error)):
-            raise UserError(f"out of memory; try {advice}") from None
-        raise
+def check_memory(args, device, dtype, checkpoint):
+    """UserError, with advice, if the run needs more memory than there is."""
+    size = checkpoint.settings.get("size", 1024)
+    pixels = setting(args.height, size) * setting(args.width, size)
+    batch = min(args.batch_size, args.num_images * len(args.prompt))
+    hardware.check_memory(checkpoint, device, (pixels, batch), dtype, args.weights, args.offload)
 
 
 def build(args, device, dtype):
     """Loads the model and applies the options that change how it computes -> Pipeline."""
     home = "cpu" if args.offload or args.weights else device
-    pipeline = load_pipeline(args.model or find_bundled(), home, dtype)
+    keep = {name: KEEP[name] for name in KEEP if name != "fp8" or args.weights == "fp8"}
+    parts = {name: getattr(args, name) for name in ("dit", "text_encoder", "vae", "tokenizer")}
+    check = partial(check_memory, args, device, dtype)
+    pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, check, **parts)
     pipeline.device = device
-    networks = pipeline.text_encoder, pipeline.dit, pipeline.vae
-    for net in networks[:2] if args.weights else ():
-        quantize(net, args.weights, home if args.offload else device)
-    for net in networks if device.type == "cpu" else ():
-        use_cpu_kernels(net)
+    for net in (pipeline.text_encoder, pipeline.dit):
+        if args.weights:
+            quantize(net, args.weights, home if args.offload else device)
+    for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
+        if device.type == "cpu":
+            use_cpu_kernels(net)
     if args.tile is not False:
         use_tiles(pipeline.vae, above=0 if args.tile or args.offload == "blocks" else 2e6)
+    place(args, pipeline)
+    if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
+        torch.set_num_threads(1)              # more gain a small network nothing
+    return pipeline
+
+
+def place(args, pipeline):
+    """Puts the networks where they compute, then compiles the DiT if that is asked for."""
+    networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
     if args.offload == "blocks":
         stream_blocks(pipeline)
     elif args.offload:
@@ -1001,11 +627,11 @@ def build(args, device, dtype):
     else:
         for net in networks:
             net.to(device)
+    if args.context_parallel:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hardware.split_tokens(pipeline.dit)
     if args.compile:
         pipeline.dit.compile()
-    if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
-        torch.set_num_threads(1)              # more gain a small network nothing
-    return pipeline
 
 
 def find_bundled():
@@ -1023,8 +649,7 @@ def warn_of_options(args, pipeline, settings):
     idle = [f"--{name.replace('_', '-')}" for name in OF_GUIDANCE if name in args.given]
     for applies, message in (
             (idle and guidance == 0, f"without --guidance there is no effect of {', '.join(idle)}"),
-            (args.offload and device.type == "cpu", "--offload has no effect on a CPU"),
-            (args.weights == "int8" and not has_products(torch.int8, device),
+            (args.weights == "int8" and not hardware.has_products(torch.int8, device),
              "this device has no int8 products: --weights int8 saves memory but not time"),
             (guidance == 0 and shift >= 6, f"a shift of {shift} is that of an undistilled model, "
              "which wants --guidance 3 to 5 and --steps 28 to 50"),
@@ -1036,7 +661,7 @@ def warn_of_options(args, pipeline, settings):
 
 def make_record(args, pipeline, dtype, settings, size):
     """What a PNG says: all that changes a pixel, under the names of the options."""
-    options = {"size": size, "dtype": dtype, "upscale": args.upscale, **settings}
+    options = {"seed": 0, "size": size, "dtype": dtype, "upscale": args.upscale, **settings}
     for name in ("weights", "attention", "compile"):
         if getattr(args, name):
             options[name] = getattr(args, name)
@@ -1045,9 +670,8 @@ def make_record(args, pipeline, dtype, settings, size):
     if args.init_image:
         options["strength"] = args.strength
     files = {name: getattr(args, name) for name in FILES if getattr(args, name)}
-    files.setdefault("model", find_bundled())
     entries = {name: value if name == "lora" else [(value,)] for name, value in files.items()}
-    entries = {name: [(Path(path).name, fingerprint(path), *more) for path, *more in value]
+    entries = {name: [(*file_mark(path), *more) for path, *more in value]
                for name, value in entries.items()}
     return {**options, "model": pipeline.name, "files": json.dumps(entries),
             "options": json.dumps([*options])}
@@ -1060,9 +684,9 @@ def read_batches(args):
         groups = ([line.strip()] * args.num_images for line in sys.stdin if line.strip())
     else:
         groups = [[prompt for prompt in args.prompt for _ in range(args.num_images)]]
-    done = 0
+    done, (rank, world) = 0, args.share
     for prompts in groups:
-        for first in range(RANK * args.batch_size, len(prompts), WORLD * args.batch_size):
+        for first in range(rank * args.batch_size, len(prompts), world * args.batch_size):
             yield done + first, prompts[first:first + args.batch_size]
         done += len(prompts)
 
@@ -1070,10 +694,10 @@ def read_batches(args):
 def draw(args, pipeline, record, function):
     """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end."""
     count = len(args.prompt) * args.num_images
-    steps = None if args.loop else record["steps"] * -(-count // args.batch_size)
-    with tqdm(total=steps, unit="step", disable=RANK > 0) as bar:
+    steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
+    with tqdm(total=None if args.loop else steps, unit="step", disable=RANK > 0) as bar:
         def after_step(*_):
-            bar.update(WORLD)
+            bar.update(args.share[1])
 
         for first, prompts in read_batches(args):
             bar.set_description("drawing" if args.loop else f"{first + 1} of {count}")
@@ -1086,8 +710,8 @@ def draw(args, pipeline, record, function):
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
                 continue
             seconds = round(time.perf_counter() - start, 2)
-            for i, image in enumerate(images):
-                entry = {"prompt": prompts[i], "seed": args.seed + first + i, **record}
+            for i, image in enumerate(images if RANK in (0, args.share[0]) else ()):
+                entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
 
@@ -1113,6 +737,9 @@ def main():
     image = read_image(args.init_image) if args.init_image else None
     device = find_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if args.offload and device.type == "cpu":
+        warnings.warn("--offload has no effect on a CPU", stacklevel=2)
+        args.offload = None
     keep_freed_memory()
     pipeline = build(args, device, getattr(torch, dtype))
     settings = {name: setting(getattr(args, name), getattr(pipeline, name))
@@ -1130,6 +757,8 @@ def main():
     kernel = ATTENTION.get(args.attention)
     with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
         draw(args, pipeline, record, function)
+    if args.context_parallel:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

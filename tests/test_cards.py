@@ -3,20 +3,21 @@
 import json
 import sys
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
 import captions
 import convert_weights
 import data
 import evaluate
-import numpy as np
 import painting
-import pytest
 import reader
 import sampler
-import torch
 import world
-from PIL import Image, ImageFilter
 
-COUNT = 60
+COUNT = 48
 
 
 def scenes(count=COUNT, seed=1, **options):
@@ -149,6 +150,7 @@ def test_captions_leave_out_a_third():
     ("“春”下面是一只猫", {"thing": "cat", "word": "春", "place": "above"}),
     ("a red apple on a white background", {"thing": "apple", "card": "white"}),
     ("the letter A in blue", {"word": "A", "ink": "blue"}),
+    ("A Panda on a Blue card", {"thing": "panda", "card": "blue"}),
     ("A fox in the desert", {"thing": "fox", "card": "desert"}),
     ("夜空下左边有一个小小的火箭，下面写着白色的新年",
      {"thing": "rocket", "card": "night", "side": "left", "size": "small", "place": "below",
@@ -217,6 +219,13 @@ def test_first_capitals_make_no_difference(tokenizer):
     assert "A" in letter
 
 
+def test_quoted_words_are_capitals(tokenizer):
+    for typed, meant in (('a cat and "Love" in red', 'a cat and "LOVE" in red'),
+                         ("一只猫写着“hi”", "一只猫写着“HI”"), ('"a" or "b"', '"A" or "B"')):
+        a, b = (tokenizer.encode(sampler.TEMPLATE.format(text)).ids for text in (typed, meant))
+        assert a == b
+
+
 def test_special_tokens(tokenizer):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert [tokenizer.token_to_id(special) for special in specials] == [0, 1, 2]
@@ -233,7 +242,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def drawn(prompts):
-    return evaluate.drawings(prompts, seed=3)                            # (60, 3, 128, 128)
+    return evaluate.drawings(prompts, seed=3)                            # (48, 3, 128, 128)
 
 
 def blurred(images, radius):
@@ -251,7 +260,7 @@ def test_drawings_are_read_right(prompts, drawn):
     assert 0.9 < row["std_ratio"] < 1.1
     for group in evaluate.GROUPS:
         assert row[group]["joint"] >= 0.95
-        assert {"thing", "card", "ink", "place", "word", "characters", "frechet"} <= row[group].keys()
+        assert {"thing", "card", "ink", "place", "word", "characters"} <= row[group].keys()
     assert row["en"]["count"] + row["zh"]["count"] == COUNT
     assert row["open"]["count"] + row["given"]["count"] == COUNT
 
@@ -260,8 +269,8 @@ def test_every_thing_card_and_ink_can_be_read():
     rng = np.random.default_rng(7)
     for i, thing in enumerate(world.THINGS):
         card = world.CARDS[i % len(world.CARDS)]
-        scene = data.scene_for(f'a {thing} and "AB"', rng)._replace(card=card, word="A1", second=None)
-        scene = scene._replace(ink=world.inks(card, scene.place)[-1])
+        scene = data.scene_for(f'a {thing} and "A1"', rng)
+        scene = scene._replace(card=card, ink=world.inks(card, scene.place)[-1])
         reading = reader.read(data.draw(scene))
         assert reading["thing"] == thing, (thing, card)
         assert (reading["card"], reading["ink"]) == (card, scene.ink)
@@ -273,22 +282,23 @@ def test_every_glyph_can_be_read():
         for alphabet, length in ((world.LETTERS + world.DIGITS, 3), (world.HANZI, 2)):
             for start in range(0, len(alphabet), length):
                 word = alphabet[start:start + length]
-                scene = data.scene_for(f'a cat on a white card with "{word}" in black below it', rng)
+                scene = data.scene_for(f'a cat on a white card with "{word}" in black', rng)
                 reading = reader.read(data.draw(scene._replace(font=font)))
                 assert (reading["word"], reading["strict"]) == (word, True), (word, font)
 
 
 def test_scores_fall_with_blur(prompts, drawn):
-    soft, gone = (evaluate.score(blurred(drawn[:30], radius), prompts[:30]) for radius in (3, 6))
+    soft, gone = (evaluate.score(blurred(drawn[:16], radius), prompts[:16]) for radius in (3, 6))
     assert soft["strict"] < 0.5 and soft["word"] < 0.85
     assert gone["joint"] < 0.1 and gone["strict"] == 0
     assert gone["frechet"] > soft["frechet"]
 
 
 def test_scores_fall_with_other_colors(prompts, drawn):
-    row = evaluate.score(drawn[:30, [2, 0, 1]], prompts[:30])
+    row = evaluate.score(drawn[:16, [2, 0, 1]], prompts[:16])
     assert row["card"] < 0.4 and row["thing"] < 0.4 and row["joint"] < 0.15
-    gray = evaluate.score(drawn[:30].mean(1, keepdim=True).expand(-1, 3, -1, -1), prompts[:30])
+    gray = drawn[:16].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    gray = evaluate.score(gray, prompts[:16])
     assert gray["saturation"] < 0.05 and gray["card"] < 0.4
 
 
@@ -350,8 +360,8 @@ def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     monkeypatch.setattr(sampler, "load_pipeline", lambda path: FakePipeline)
     monkeypatch.setattr(evaluate, "reconstruct", lambda vae, images: (images, 40.0))
-    monkeypatch.setattr(evaluate, "sample_images", lambda pipeline, prompts, steps, guidance, seed=0:
-                        evaluate.drawings(prompts, seed))
+    monkeypatch.setattr(evaluate, "sample_images", lambda pipeline, prompts, *options:
+                        evaluate.drawings(prompts, 5))
     try:
         convert_weights.run_command(evaluate.main)
     except SystemExit as stop:
@@ -362,8 +372,8 @@ def run(monkeypatch, *arguments):
 def test_json(monkeypatch, tmp_path, capsys):
     out, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
     prompts.write_text("\n".join(data.prompt_list(12, seed=1)) + "\n", encoding="utf-8")
-    assert run(monkeypatch, "--model", "x", "--steps", 2, "--guidance", 1, "--count", 10, "--seed", 3,
-               "--prompts", prompts, "--json", out) == 0
+    assert run(monkeypatch, "--model", "x", "--steps", 2, "--guidance", 1, "--count", 10,
+               "--seed", 3, "--prompts", prompts, "--json", out) == 0
     row = json.loads(out.read_text(encoding="utf-8"))
     assert (row["model"], row["steps"], row["guidance"], row["count"]) == ("x", 2, 1.0, 10)
     assert row["joint"] == 1.0

@@ -1,7 +1,10 @@
-"""sampler.py as a user runs it: the files it leaves, and one clear sentence for everything that can go wrong."""
+"""sampler.py as people use it: the pictures it leaves, one clear sentence for what goes wrong."""
 
+import io
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,213 +13,647 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, refused, run, run_here
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+import hardware
 import sampler
+from conftest import ROOT, TINY, Failing, Recorder, refused, run, run_here
 
 SMALL = ("--model", TINY, "--size", "48x32", "--steps", 2)
 
 
-def sample(tmp_path, *arguments, **options):
-    return run("sampler.py", *arguments, cwd=tmp_path, **options)
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def test_pictures_names_and_text_chunks(tmp_path, pipeline):
+def draw(*arguments):
+    """Runs sampler.py in this process; it must succeed."""
+    result = run_here(sampler.main, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def same_pixels(a, b):
+    return Image.open(a).size == Image.open(b).size and np.array_equal(pixels(a), pixels(b))
+
+
+@pytest.fixture
+def own(tmp_path, pipeline):
+    """A small model that recommends its settings."""
+    path = tmp_path / "own"
+    convert_weights.save_pipeline(
+        path, pipeline.dit, pipeline.text_encoder, pipeline.vae, pipeline.tokenizer, 2.5,
+        steps=3, guidance=1.5, size=64)
+    return path
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_and_names(tmp_path, pipeline):
     (tmp_path / "prompts.txt").write_text("造相 ⚡️\n\n  a dog \n", encoding="utf-8")
-    result = sample(tmp_path, "a cat", "--prompts", "prompts.txt", "--num-images", 2, "--seed", 5, "--batch-size", 4, *SMALL,
-                    "--guidance", 1.5, "--negative-prompt", "blurry", "--cfg-normalization", 0.5, "--cfg-truncation", 0.7, "--upscale", "none")
+    options = dict(steps=2, guidance=1.5, negative_prompt="blurry", cfg_normalization=0.5,
+                   cfg_truncation=0.7)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run("sampler.py", "a cat", "--prompts", "prompts.txt", "--num-images", 2, "--seed", 5,
+                 "--batch-size", 4, *SMALL, *words, "--upscale", "none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     names = ["image.png"] + [f"image-{i}.png" for i in range(1, 6)]
     assert [line.split()[0] for line in result.stdout.splitlines()] == names
     assert all(line.endswith(" s)") for line in result.stdout.splitlines())
-    assert "2/2" in result.stderr                                            # the progress bar over the steps
     assert {f.name for f in tmp_path.iterdir()} == {"prompts.txt", *names}
     prompts = ["a cat", "a cat", "造相 ⚡️", "造相 ⚡️", "a dog", "a dog"]
-    for i, (name, prompt) in enumerate(zip(names, prompts)):
-        image = Image.open(tmp_path / name)
-        assert image.text == {"prompt": prompt, "seed": str(5 + i), "size": "48x32", "model": "tiny", "dtype": "float32", "steps": "2",
-                              "guidance": "1.5", "shift": "3.0", "negative_prompt": "blurry", "cfg_normalization": "0.5",
-                              "cfg_truncation": "0.7"}
-        # The same as from the library, alone, within one grey level of rounding.
-        alone = sampler.generate(pipeline, prompt, 32, 48, 2, 1.5, "blurry", seed=5 + i, cfg_normalization=0.5, cfg_truncation=0.7)[0]
-        assert np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max() <= 1
+    for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        text = Image.open(name).text
+        assert (text["prompt"], text["seed"]) == (prompt, str(5 + i))
+        assert {key: text[key] for key in options} == {k: str(v) for k, v in options.items()}
+        alone = sampler.generate(pipeline, prompt, 32, 48, seed=5 + i, **options)[0]
+        assert np.abs(pixels(name) - np.asarray(alone)).max() <= 1   # up to rounding
 
 
 def test_nothing_is_overwritten_and_small_pictures_are_enlarged(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"mine")
-    assert sample(tmp_path, "a cat", *SMALL, "--out", "cat.png").returncode == 0
+    draw("a cat", *SMALL, "--out", "cat.png")
     assert (tmp_path / "cat.png").read_bytes() == b"mine"
-    assert Image.open(tmp_path / "cat-1.png").size == (48 * 8, 32 * 8)
+    assert Image.open("cat-1.png").size == (48 * 8, 32 * 8)
 
 
-def test_image_to_image(tmp_path):
-    Image.new("RGB", (101, 70), "red").save(tmp_path / "red.jpg")
-    result = sample(tmp_path, "a cat", "--model", TINY, "--steps", 4, "--init-image", "red.jpg", "--strength", 0.5, "--upscale", "none")
-    assert result.returncode == 0, result.stderr
-    image = Image.open(tmp_path / "image.png")
-    assert image.size == (96, 64) and image.text["strength"] == "0.5" and image.text["init_image"] == "red.jpg"
-    assert "2/2" in result.stderr                                            # half of the four steps
+def test_the_checkpoint_recommends(own):
+    """Steps, guidance, shift and size come from the model where the command line is silent."""
+    draw("a cat", "--model", own)
+    text = Image.open("image.png").text
+    expected = {"steps": "3", "guidance": "1.5", "shift": "2.5", "size": "64x64", "model": "own"}
+    assert {key: text[key] for key in expected} == expected
+    draw("a cat", "--model", own, "--guidance", 0, "--steps", 1)
+    text = Image.open("image-1.png").text
+    assert (text["guidance"], text["steps"]) == ("0.0", "1")
+
+
+def test_progress_of_many_prompts():
+    result = draw("a cat", "a dog", "a fox", *SMALL, "--batch-size", 2)
+    assert "1 of 3" in result.stderr
+    assert "3 of 3" in result.stderr
+    assert "4/4" in result.stderr                                # two batches of two steps
+
+
+def test_json_lines():
+    result = draw("a cat", "a dog", *SMALL, "--json", "--seed", 7)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["path"] for line in lines] == ["image.png", "image-1.png"]
+    assert [line["seed"] for line in lines] == [7, 8]
+    assert [line["prompt"] for line in lines] == ["a cat", "a dog"]
+    assert all(line["seconds"] >= 0 and line["steps"] == 2 for line in lines)
+
+
+def test_options_and_prompts_may_alternate():
+    draw("--offload", "a cat", *SMALL, "a dog")
+    assert len([*sampler.Path().glob("image*.png")]) == 2
+
+
+# --- The prompt loop ------------------------------------------------------------------------------
+
+
+def feed(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+@pytest.mark.parametrize("data, paths, errors", [
+    (b"a cat\na dog\n", ["image.png", "image-1.png"], 0),
+    ("造相 ⚡️\n\n \na dog".encode(), ["image.png", "image-1.png"], 0),      # no newline at the end
+    (b"\xff\xfe\na cat\n", ["image-1.png"], 1),
+    (b"", [], 0)])
+def test_prompt_loop(monkeypatch, data, paths, errors):
+    feed(monkeypatch, data)
+    result = draw("-", *SMALL)
+    assert result.stdout.splitlines() == paths
+    assert result.stderr.count("error: ") == errors
+
+
+def test_prompt_loop_seeds_and_json(monkeypatch):
+    feed(monkeypatch, b"a cat\na dog\n")
+    result = draw("-", *SMALL, "--json", "--num-images", 2, "--seed", 3)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        ("a cat", 3), ("a cat", 4), ("a dog", 5), ("a dog", 6)]
+
+
+def test_a_bad_line_is_answered_in_json(monkeypatch):
+    feed(monkeypatch, b"\xff\na cat\n")
+    lines = [json.loads(line) for line in draw("-", *SMALL, "--json").stdout.splitlines()]
+    assert "Unicode" in lines[0]["error"]
+    assert lines[1]["path"] == "image-1.png"
+
+
+def test_the_loop_answers_before_the_next_line_comes(tmp_path):
+    """A program that waits for each path before it sends the next prompt."""
+    command = [sys.executable, ROOT / "sampler.py", "-", *map(str, SMALL)]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as process:
+        for i, prompt in enumerate(["a cat", "a dog", "a fox"]):
+            process.stdin.write(prompt + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == ("image.png\n" if i == 0 else f"image-{i}.png\n")
+        process.stdin.close()
+        assert process.stdout.read() == ""
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-", "--prompts", "prompts.txt"], ["-", "a cat"], ["-", "-"]])
+def test_the_loop_takes_no_other_prompts(tmp_path, monkeypatch, arguments):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    feed(monkeypatch, b"a cat\n")
+    refused(run_here(sampler.main, *arguments, *SMALL), "-")
+    assert not [*tmp_path.glob("*.png")]
+
+
+# --- What the PNG says reproduces the picture -----------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--weights", "fp8"], ["--weights", "int8"], ["--tile"], ["--no-tile"],
+    ["--dtype", "bfloat16"], ["--upscale", "nearest"], ["--upscale", "none", "--seed", 123],
+    ["--guidance", 2, "--negative-prompt=--a=True\nc", "--guidance-every", 2],
+    ["--guidance", 2, "--cfg-normalization", 0.5, "--cfg-truncation", 0.7],
+    ["--shift", 1.7, "--attention", "math"],
+    ["--init-image", "start.png", "--strength", 0.5],
+    ["--init-image", "start.png", "--weights", "int8", "--tile", "--guidance", 1]])
+def test_like_makes_the_same_picture(options):
+    Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 20).save("start.png")
+    draw("-- a \"cat\", 造相", *SMALL, *options, "--out", "first.png")
+    draw("--like", "first.png", "--out", "second.png", "--model", TINY)
+    assert same_pixels("first.png", "second.png")
+    assert Image.open("first.png").text == Image.open("second.png").text
+
+
+def test_like_and_the_other_options():
+    draw("a cat", *SMALL, "--seed", 5, "--guidance", 2)
+    draw("a dog", "--like", "image.png", "--model", TINY, "--seed", 6, "--width", 32)
+    text = Image.open("image-1.png").text
+    expected = {"prompt": "a dog", "seed": "6", "size": "32x32", "guidance": "2.0", "steps": "2"}
+    assert {key: text[key] for key in expected} == expected
+
+
+def test_like_finds_the_bundled_model():
+    draw("a small red circle on a blue background")
+    draw("--like", "image.png")
+    assert same_pixels("image.png", "image-1.png")
+
+
+def test_like_finds_files_beside_the_picture(tmp_path):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    shutil.copytree(TINY, folder / "model")
+    Image.new("RGB", (48, 32), "red").save(folder / "red.png")
+    draw("a cat", "--model", folder / "model", "--steps", 2, "--size", "48x32",
+         "--init-image", folder / "red.png", "--out", folder / "a.png")
+    draw("--like", folder / "a.png", "--out", "b.png")
+    assert same_pixels(folder / "a.png", "b.png")
+    Image.new("RGB", (48, 32), "blue").save(folder / "red.png")
+    refused(run_here(sampler.main, "--like", folder / "a.png"), "red.png", "--init-image")
+    shutil.rmtree(folder / "model")
+    refused(run_here(sampler.main, "--like", folder / "a.png"), "model", "--model")
+
+
+def png_with(text):
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    return info
+
+
+GOOD = {"prompt": "a cat", "seed": "1", "size": "48x32", "steps": "2", "files": "{}",
+        "options": '["size", "steps"]'}
+
+
+@pytest.mark.parametrize("text", [
+    {}, {**GOOD, "steps": "1e9"}, {**GOOD, "size": "big"}, {**GOOD, "files": "{"},
+    {**GOOD, "options": '["unknown"]', "unknown": "1"}, {**GOOD, "options": '["out"]', "out": "x"},
+    {**GOOD, "files": '{"model": 3}'}, {**GOOD, "options": "3"},
+    {key: value for key, value in GOOD.items() if key != "prompt"}])
+def test_like_with_other_pictures(text):
+    Image.new("RGB", (8, 8)).save("other.png", pnginfo=png_with(text))
+    refused(run_here(sampler.main, "--like", "other.png"), "other.png")
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "a.jpg", "text.png", "."])
+def test_like_with_files_that_are_no_png(tmp_path, name):
+    Image.new("RGB", (8, 8)).save("a.jpg")
+    (tmp_path / "text.png").write_text("a cat")
+    refused(run_here(sampler.main, "--like", name), name)
+
+
+# --- Image to image -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, given, expected", [
+    ((4032, 3024), [], (64, 48)),            # near 64 * 64 pixels, multiples of 16
+    ((3024, 4032), [], (48, 64)),
+    ((500, 300), [], (80, 48)),
+    ((256, 256), [], (64, 64)),              # the model's own picture, enlarged
+    ((7, 7), [], (64, 64)),
+    ((1000, 10), [], (320, 16)),             # as far as the number of pixels allows
+    ((101, 70), ["--size", "32x48"], (32, 48)),
+    ((100, 50), ["--width", 64], (64, 32)),
+    ((100, 50), ["--height", 64], (128, 64))])
+def test_size_of_an_init_image(own, size, given, expected):
+    Image.new("RGB", size, "red").save("red.png")
+    draw("a cat", "--model", own, "--steps", 2, "--init-image", "red.png", *given,
+         "--upscale", "none")
+    assert Image.open("image.png").size == expected
+
+
+def rotated_photo():
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # turned by a quarter
+    image = Image.new("RGB", (96, 64), "red")
+    image.paste("blue", (0, 0, 96, 8))                           # at the top; upright: at the right
+    image.save("input.png", exif=exif)
+
+
+def transparent(mode):
+    image = Image.new(mode, (64, 64), (255, 0, 0, 0) if mode == "RGBA" else (0, 0))
+    image.save("input.png")
+
+
+def palette_with_transparency():
+    image = Image.new("P", (64, 64), 3)
+    image.putpalette([255, 0, 0] * 256)
+    image.save("input.png", transparency=3)
+
+
+def sixteen_bits(value):
+    Image.fromarray(np.full((64, 64), value, np.uint16)).save("input.png")
+
+
+@pytest.mark.parametrize("make, size, color", [
+    (rotated_photo, (64, 96), (255, 0, 0)),
+    (lambda: transparent("RGBA"), (64, 64), (255, 255, 255)),
+    (lambda: transparent("LA"), (64, 64), (255, 255, 255)),
+    (palette_with_transparency, (64, 64), (255, 255, 255)),
+    (lambda: sixteen_bits(20000), (64, 64), (78, 78, 78)),
+    (lambda: sixteen_bits(65535), (64, 64), (255, 255, 255)),
+    (lambda: Image.new("L", (64, 64), 100).save("input.png"), (64, 64), (100, 100, 100)),
+    (lambda: Image.new("1", (64, 64), 1).save("input.png"), (64, 64), (255, 255, 255)),
+    (lambda: Image.new("CMYK", (64, 64), 0).save("input.png", "JPEG"), (64, 64), (255, 255, 255))])
+def test_pictures_of_every_kind(make, size, color):
+    make()
+    image = sampler.read_image("input.png")
+    assert (image.mode, image.size) == ("RGB", size)
+    assert np.abs(np.subtract(image.getpixel((8, 48)), color)).max() <= 2
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin1.txt").write_bytes("café\n".encode("latin-1"))
+    Image.new("RGB", (48, 32), "red").save("red.png")
+    return {f.name for f in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--model", TINY], ["there is no prompt"]),
-    (["a cat", "--model", "nowhere"], ["nowhere", "is not a model directory"]),
-    (["a cat", "--model", TINY, "--size", "100x64"], ["width should be a multiple of 16", "100", "96"]),
-    (["a cat", "--model", TINY, "--height", "100000"], ["height", "8192"]),
+    (["--model", TINY], ["prompt"]),
+    (["a cat", "--model", "nowhere"], ["nowhere"]),
+    (["a cat", "--model", ""], []),
+    (["a cat", "--model", "x" * 300], []),
+    (["a cat", "--model", TINY, "--size", "100x64"], ["width", "16", "100", "96"]),
+    (["a cat", "--model", TINY, "--height", "99984"], ["height", "8192"]),
     (["a cat", "--model", TINY, "--size", "big"], ["--size", "big"]),
-    (["a cat", *SMALL, "--steps", "0"], ["--steps should be at least 1"]),
-    (["a cat", *SMALL, "--num-images", "0"], ["--num-images"]),
-    (["a cat", *SMALL, "--shift", "0"], ["shift"]),
-    (["a cat", *SMALL, "--guidance", "-1"], ["guidance"]),
-    (["a cat", *SMALL, "--guidance", "nan"], ["guidance"]),
-    (["a cat", *SMALL, "--cfg-normalization", "-1"], ["cfg-normalization"]),
-    (["a cat", *SMALL, "--cfg-truncation", "nan"], ["cfg-truncation"]),
-    (["a cat", *SMALL, "--strength", "inf"], ["strength"]),
-    (["a cat", *SMALL, "--shift", "1e300"], ["shift"]),
-    (["a cat", *SMALL, "--num-images", "1000000000000"], ["million"]),
-    (["a cat", "--model", ""], ["not a model directory"]),
-    (["a cat", "--model", "x" * 300], ["File name too long"]),
-    (["a cat", *SMALL, "--device", "meta"], ["meta"]),
-    (["a cat", *SMALL, "--seed", "-1"], ["--seed"]),
-    (["--prompts", "nowhere.txt", *SMALL], ["nowhere.txt", "No such file"]),
-    (["--prompts", "empty.txt", *SMALL], ["there is no prompt"]),
+    (["a cat", "--model", TINY, "--size", "48x"], ["--size"]),
+    (["a cat", "--model", TINY, "--size", "-48x32"], ["--size"]),
+    (["a cat", "--prompts", "nowhere.txt", *SMALL], ["nowhere.txt"]),
+    (["--prompts", "empty.txt", *SMALL], ["prompt"]),
     (["--prompts", "latin1.txt", *SMALL], ["latin1.txt", "UTF-8"]),
-    (["a cat", *SMALL, "--init-image", "nowhere.png"], ["nowhere.png", "No such file"]),
-    (["a cat", *SMALL, "--init-image", "latin1.txt"], ["latin1.txt", "not a picture"]),
-    (["a cat", *SMALL, "--init-image", "red.png", "--strength", "0"], ["strength"]),
-    (["a cat", *SMALL, "--init-image", "red.png", "--strength", "1e-20"], ["strength 1e-20 leaves none of 2 steps"]),
+    (["a cat", *SMALL, "--init-image", "nowhere.png"], ["nowhere.png"]),
+    (["a cat", *SMALL, "--init-image", "latin1.txt"], ["latin1.txt"]),
+    (["a cat", *SMALL, "--init-image", "."], []),
+    (["a cat", *SMALL, "--init-image", "red.png", "--strength", "1e-20"], ["strength", "1e-20"]),
     (["a cat", *SMALL, "--out", "cat.jpg"], ["--out", "cat.jpg"]),
     (["a cat", *SMALL, "--out", "nowhere/cat.png"], ["nowhere"]),
     (["a cat", *SMALL, "--device", "warp"], ["warp"]),
-    pytest.param(["a cat", *SMALL, "--device", "cuda:63"], ["no device 'cuda:63'"], id="absent GPU"),
-    (["a \udcff cat", *SMALL], ["not valid Unicode"]),
+    (["a cat", *SMALL, "--device", "meta"], ["meta"]),
+    (["a cat", *SMALL, "--device", "cuda:63"], ["cuda:63"]),
+    (["a cat", *SMALL, "--dtype", "int8"], ["--dtype"]),
+    (["a cat", *SMALL, "--num-images", "1000000", "a dog"], ["million"]),
+    (["a \udcff cat", *SMALL], ["Unicode"]),
+    (["a cat", *SMALL, "--lora", "nowhere.safetensors"], ["nowhere.safetensors"]),
+    (["a cat", *SMALL, "--dit", "nowhere.safetensors"], ["nowhere.safetensors"]),
+    (["a cat", *SMALL, "--unknown"], ["--unknown"]),
 ])
-def test_mistakes(tmp_path, monkeypatch, arguments, words):
-    (tmp_path / "empty.txt").write_text(" \n\n")
-    (tmp_path / "latin1.txt").write_bytes("café\n".encode("latin-1"))
-    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
-    before = {f.name for f in tmp_path.iterdir()}
-    monkeypatch.chdir(tmp_path)
-    assert refused(run_here(sampler.main, *arguments), *words)
-    assert {f.name for f in tmp_path.iterdir()} == before
+def test_mistakes(tmp_path, inputs, arguments, words):
+    refused(run_here(sampler.main, *arguments), *words)
+    assert {f.name for f in tmp_path.iterdir()} == inputs
 
 
-def test_long_prompt_is_cut_with_a_warning(tmp_path):
-    result = sample(tmp_path, "word " * 600, *SMALL)
-    assert result.returncode == 0 and result.stderr.startswith("warning: a prompt of") and "cut to 512" in result.stderr
-    assert (tmp_path / "image.png").exists()
+@pytest.mark.parametrize("option, values", [
+    ("--steps", ["0", "-1", "3000000000", "2.5", "nan", "", "1e3"]),
+    ("--num-images", ["0", "1000000000000", "x"]),
+    ("--batch-size", ["0", "100000", "1.5"]),
+    ("--height", ["0", "-16", "100000000000"]),
+    ("--width", ["0", "1e3"]),
+    ("--seed", ["-1", "9223372036854775808", "1.5", "x"]),
+    ("--guidance", ["-1", "nan", "inf", "1e300", "x"]),
+    ("--cfg-normalization", ["-1", "inf"]),
+    ("--cfg-truncation", ["nan", "-0.1", "2"]),
+    ("--guidance-every", ["0", "1.5", "1000"]),
+    ("--shift", ["0", "-3", "nan", "1e300"]),
+    ("--strength", ["0", "-1", "1.1", "inf"])])
+def test_numbers_out_of_range(inputs, option, values):
+    for value in values:
+        refused(run_here(sampler.main, "a cat", "--model", TINY, f"{option}={value}"), option)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--strength", 0.5], ["--strength", "--init-image"]),
+    (["--size", "48x32", "--height", 32], ["--size", "--height"]),
+    (["--size", "48x32", "--width", 48], ["--size"]),
+    (["--compile", "--offload", "blocks"], ["--compile", "--offload"]),
+    (["--offload", "block"], ["--offload", "block"]),
+    (["--offload", "Blocks"], ["--offload"]),
+    (["--offload", "none"], ["--offload"]),
+    (["--offload=gpu"], ["--offload"])])
+def test_options_that_contradict(tmp_path, arguments, words):
+    refused(run_here(sampler.main, "a cat", "--model", TINY, *arguments), *words)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--negative-prompt", "ugly"], ["--negative-prompt", "--guidance"]),
+    (["--cfg-normalization", 0.5], ["--cfg-normalization"]),
+    (["--cfg-truncation", 0.5, "--guidance-every", 2], ["--cfg-truncation", "--guidance-every"]),
+    (["--offload"], ["--offload", "CPU"]),
+    (["--shift", 6], ["undistilled", "--guidance 3 to 5"]),
+    (["--guidance", 2], ["distilled", "--guidance 0"])])
+def test_options_without_effect_and_hints(options, words):
+    result = draw("a cat", *SMALL, *options)
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1, result.stderr
+    assert all(word in warned[0] for word in words)
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--guidance", 2, "--shift", 6, "--negative-prompt", "ugly"], ["--weights", "fp8"]])
+def test_no_warning_without_a_reason(options):
+    assert "warning" not in draw("a cat", *SMALL, *options).stderr
+
+
+def test_int8_says_once_where_it_is_not_faster(monkeypatch):
+    for has_int8, count in ((False, 1), (True, 0)):
+        monkeypatch.setattr(hardware, "CPU_HAS_INT8", has_int8)
+        assert draw("a cat", *SMALL, "--weights", "int8").stderr.count("warning: ") == count
+
+
+def test_long_prompt_is_cut_with_a_warning():
+    result = draw(" ".join(f"w{i}" for i in range(600)), *SMALL)
+    assert "cut to 512" in result.stderr
+    assert sampler.Path("image.png").exists()
 
 
 def test_float16_that_overflows_saves_nothing(tmp_path, checkpoint):
     shard = checkpoint / "transformer/diffusion_pytorch_model-00001-of-00005.safetensors"
     tensors = load_file(shard)
-    tensors["all_final_layer.2-1.linear.weight"] *= 1e6
+    tensors["all_final_layer.2-1.linear.weight"] *= 1e5
     save_file(tensors, shard)
-    out = tmp_path / "out"
-    out.mkdir()
     arguments = ("a cat", "--model", checkpoint, "--size", "48x32", "--steps", 2)
-    assert refused(sample(out, *arguments, "--dtype", "float16"), "not finite", "float16", "bfloat16")
-    assert not list(out.iterdir())
-    assert sample(out, *arguments, "--dtype", "bfloat16").returncode == 0
+    refused(run_here(sampler.main, *arguments, "--dtype", "float16"), "float16", "bfloat16")
+    assert not [*tmp_path.glob("*.png")]
+    draw(*arguments, "--dtype", "bfloat16")
 
 
-@pytest.mark.parametrize("fail, words", [
-    (lambda *_: torch.empty(1 << 50), ["out of memory", "--offload", "--size"]),                             # what the allocator really raises
-    (lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")), ["out of memory", "--offload", "--size"]),
-    (lambda *_: (_ for _ in ()).throw(torch._inductor.exc.InductorError(RuntimeError("no C++ compiler"), None)), ["leave out --compile"]),
-])
-def test_out_of_memory_or_compiler(tmp_path, monkeypatch, fail, words):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampler.DiT, "forward", fail)
-    assert refused(run_here(sampler.main, "a cat", *SMALL), *words)
-    assert not list(tmp_path.iterdir())
+def ask_for_too_much(x, t, text):
+    """What the allocator really raises."""
+    return torch.empty(1 << 50)
 
 
-def test_compile_and_offload_reach_the_pipeline(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    compiled, offloaded = [], []
-    monkeypatch.setattr(sampler.DiT, "compile", lambda dit: compiled.append(dit))
-    monkeypatch.setattr(sampler.torch.nn.Module, "to", lambda self, device: offloaded.append(type(self).__name__))
-    assert run_here(sampler.main, "a cat", *SMALL).returncode == 0 and not compiled and not offloaded
-    assert run_here(sampler.main, "a cat", *SMALL, "--compile", "--offload").returncode == 0
-    assert len(compiled) == 1 and offloaded == ["TextEncoder"] * 2 + ["DiT"] * 2 + ["VAE"] * 2
+@pytest.mark.parametrize("forward, words", [
+    (ask_for_too_much, ["out of memory", "--offload", "--size"]),
+    (Failing(torch.OutOfMemoryError("CUDA out of memory.")), ["out of memory", "--offload"]),
+    (Failing(MemoryError()), ["out of memory", "--weights"]),
+    (Failing(RuntimeError("No viable backend for scaled_dot_product_attention was found.")),
+     ["--attention"])])
+def test_out_of_memory_and_kernels(tmp_path, monkeypatch, forward, words):
+    monkeypatch.setattr(sampler.DiT, "forward", lambda self, *arguments: forward(*arguments))
+    refused(run_here(sampler.main, "a cat", *SMALL), *words)
+    assert not [*tmp_path.iterdir()]
 
 
-def test_the_checkpoint_recommends(tmp_path, monkeypatch, pipeline):
-    """Steps, guidance, shift and size come from the checkpoint where the command line is silent."""
-    p = pipeline
-    convert_weights.save_pipeline(tmp_path / "own", p.dit, p.text_encoder, p.vae, p.tokenizer, 2.5, steps=3, guidance=1.5, size=32)
-    monkeypatch.chdir(tmp_path)
-    assert run_here(sampler.main, "a cat", "--model", "own").returncode == 0
-    text = Image.open("image.png").text
-    assert {key: text[key] for key in ("steps", "guidance", "shift", "size", "model")} == {
-        "steps": "3", "guidance": "1.5", "shift": "2.5", "size": "32x32", "model": "own"}
-    assert run_here(sampler.main, "a cat", "--model", "own", "--guidance", 0, "--steps", 1).returncode == 0
-    assert (Image.open("image-1.png").text["guidance"], Image.open("image-1.png").text["steps"]) == ("0.0", "1")
+def test_no_compiler(monkeypatch):
+    import torch._inductor.exc
+    error = torch._inductor.exc.InductorError(RuntimeError("no C++ compiler"), None)
+    monkeypatch.setattr(sampler.DiT, "forward", Failing(error))
+    refused(run_here(sampler.main, "a cat", *SMALL), "--compile")
 
 
-def test_device_and_type_by_default(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert sampler.pick_device("auto") == torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert sampler.pick_device("auto") == torch.device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert sampler.pick_device("auto") == torch.device("cpu")
+def test_other_errors_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(sampler.DiT, "forward", Failing(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_here(sampler.main, "a cat", *SMALL)
 
 
-def test_photos_are_turned_upright_and_deep_greys_kept(tmp_path):
-    photo, exif = Image.new("RGB", (96, 64), "red"), Image.Exif()
-    exif[0x0112] = 6                                                         # turned by a quarter
-    photo.save(tmp_path / "photo.jpg", exif=exif)
-    assert sampler.read_image(tmp_path / "photo.jpg").size == (64, 96)
-    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
-    assert sampler.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (78, 78, 78)
+# --- Options reach the networks -------------------------------------------------------------------
+
+
+def test_compile_reaches_the_dit(monkeypatch):
+    calls = Recorder(lambda dit: None)
+    monkeypatch.setattr(sampler.DiT, "compile", lambda dit: calls(dit.config))
+    draw("a cat", *SMALL)
+    assert not calls.calls
+    draw("a cat", *SMALL, "--compile")
+    assert len(calls.calls) == 1
+
+
+def arguments_of(*words):
+    return sampler.parse_arguments([str(word) for word in ("a cat", *SMALL, *words)])
+
+
+@pytest.mark.parametrize("words, encoder, decoder", [
+    ([], "Linear", "TiledDecoder"), (["--no-tile"], "Linear", "Decoder"),
+    (["--weights", "int8"], "Int8Linear", "TiledDecoder"),
+    (["--weights", "fp8", "--tile"], "Float8Linear", "TiledDecoder")])
+def test_build(words, encoder, decoder):
+    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"), torch.float32)
+    for net in (pipeline.text_encoder.layers[0].mlp, pipeline.dit.layers[0].feed_forward):
+        assert type(net.w1).__name__ == encoder
+    assert type(pipeline.vae.decoder).__name__ == decoder
+    assert type(pipeline.dit.x_embedder).__name__ == "Linear"
+
+
+@pytest.mark.parametrize("words, above", [([], 2e6), (["--tile"], 0), (["--offload", "blocks"], 0)])
+def test_when_the_vae_works_in_tiles(monkeypatch, words, above):
+    monkeypatch.setattr(sampler, "stream_blocks", lambda pipeline: None)
+    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"), torch.float32)
+    assert pipeline.vae.decoder.above == above
+
+
+def test_device_by_default(monkeypatch):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert sampler.find_device("auto") == torch.device(expected)
+
+
+def test_a_lora_changes_the_picture_and_is_recorded(tmp_path, pipeline):
+    shape = pipeline.dit.layers[0].attention.to_q.weight.shape
+    prefix = "diffusion_model.layers.0.attention.to_q"
+    save_file({f"{prefix}.lora_A.weight": torch.randn(2, shape[1]),
+               f"{prefix}.lora_B.weight": torch.randn(shape[0], 2)}, tmp_path / "a.safetensors")
+    draw("a cat", *SMALL)
+    draw("a cat", *SMALL, "--lora", "a.safetensors:0.5")
+    assert not same_pixels("image.png", "image-1.png")
+    draw("--like", "image-1.png", "--model", TINY)
+    assert same_pixels("image-1.png", "image-2.png")
+    draw("a cat", *SMALL, "--lora", "a.safetensors:0")
+    assert same_pixels("image.png", "image-3.png")
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+def test_processes_share_the_images_out(monkeypatch):
+    prompts = [f"prompt {i}" for i in range(5)]
+    draw(*prompts, *SMALL, "--out", "one.png")
+    for rank in (1, 0, 2):                                       # in any order
+        monkeypatch.setattr(sampler, "RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(sampler, "WORLD", 3)
+        result = draw(*prompts, *SMALL, "--out", "many.png")
+        assert len(result.stdout.splitlines()) == (2 if rank < 2 else 1)
+        assert ("step" in result.stderr) == (rank == 0)          # one progress bar
+    for i in range(5):
+        name = f"-{i}.png" if i else ".png"
+        assert same_pixels(f"one{name}", f"many{name}")
+        assert Image.open(f"many{name}").text["prompt"] == f"prompt {i}"
+
+
+def test_torchrun(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na fox\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               ROOT / "sampler.py", "--prompts", "prompts.txt", *map(str, SMALL)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert {f.name for f in tmp_path.glob("*.png")} == {"image.png", "image-1.png", "image-2.png"}
+    assert sorted(line.split()[0] for line in result.stdout.splitlines()) == [
+        "image-1.png", "image-2.png", "image.png"]
+
+
+def test_torchrun_with_one_image(tmp_path):
+    """--context-parallel: both processes compute the same picture, and one of them saves it."""
+    draw("a cat", "a dog", *SMALL, "--out", "one.png")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               ROOT / "sampler.py", "a cat", "a dog", *map(str, SMALL), "--context-parallel",
+               "--out", "two.png"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert {f.name for f in tmp_path.glob("two*.png")} == {"two.png", "two-1.png"}
+    for name in (".png", "-1.png"):
+        assert np.abs(pixels(f"one{name}") - pixels(f"two{name}")).max() <= 1
+    refused(run_here(sampler.main, "a cat", *SMALL, "--context-parallel"), "torchrun")
+
+
+# --- The process and its surroundings -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["sampler.py", "distill.py", "convert_weights.py"])
+def test_threads_do_not_spin(script, tmp_path):
+    """OpenMP reads its environment when torch is loaded; what the user says stays."""
+    (tmp_path / "torch.py").write_text("import os\nprint(os.environ['OMP_WAIT_POLICY'])\n"
+                                       "raise SystemExit(0)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment.pop("OMP_WAIT_POLICY", None)
+        if given:
+            environment["OMP_WAIT_POLICY"] = given
+        assert run(script, "--help", env=environment).stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "tokenizers"])
+def test_interrupt_while_modules_are_imported(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n")
+    result = run("sampler.py", "a cat", env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                 preexec_fn=accept_interrupts)
+    assert result.returncode == 130
+    assert "interrupted" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def accept_interrupts():
+    """A shell's background jobs ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupt_while_drawing(tmp_path):
+    command = [sys.executable, ROOT / "sampler.py", "a cat", "--model", TINY, "--size", "64x64",
+               "--steps", "10000"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=accept_interrupts) as process:
+        seen = process.stderr.readline()
+        assert seen == "loading ...\n"                           # at once, before torch is there
+        while "1 of 1" not in seen:
+            chunk = process.stderr.read(1)
+            assert chunk, seen                                   # it ended before it began
+            seen += chunk
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "0<&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    words = " ".join(map(str, SMALL))
+    command = f"{sys.executable} {ROOT}/sampler.py 'a cat' {words} {closed}"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, timeout=120)
+    assert result.returncode == 0
+    assert (tmp_path / "image.png").exists()
+    assert b"loading" not in result.stdout
+
+
+def test_a_linked_script_finds_the_bundled_model(tmp_path):
+    (tmp_path / "draw").symlink_to(ROOT / "sampler.py")
+    result = subprocess.run([sys.executable, tmp_path / "draw", "a small red circle"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "image.png").exists()
 
 
 def test_names_that_are_not_unicode(tmp_path):
     name = os.fsdecode(b"bad\xff.png")
     Image.new("RGB", (48, 32), "red").save(tmp_path / name)
-    result = sample(tmp_path, "a cat", *SMALL, "--init-image", name, "--out", "造.png", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    result = run("sampler.py", "a cat", *SMALL, "--init-image", name, "--out", "造.png",
+                 cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "造.png").exists()
 
 
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
 def test_disk_full_leaves_nothing(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    assert refused(sample(tmp_path, "a cat", *SMALL, "--out", "cat.png", preexec_fn=limit), "cannot write", "cat.png")
-    assert not list(tmp_path.iterdir())
+    result = run("sampler.py", "a cat", *SMALL, "--out", "cat.png", cwd=tmp_path,
+                 preexec_fn=limit_file_size)
+    refused(result, "cannot write", "cat.png")
+    assert not [*tmp_path.iterdir()]
 
 
-def test_interrupt(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "sampler.py", "a cat", "--model", TINY, "--size", "64x64", "--steps", "1000000"],
-                               cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background jobs ignore it
-    seen = ""
-    while "sampling" not in seen:
-        chunk = process.stderr.read(1)
-        assert chunk, seen                                                   # it ended before it began
-        seen += chunk
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
-    assert not list(tmp_path.iterdir())
-
-
-def test_text_on_every_option():
-    text = run("sampler.py", "--help").stdout
-    options = {word.rstrip(",") for word in text.split() if word.startswith("--")}
-    for option in ("model height width size steps seed guidance negative-prompt shift dtype device compile offload out "
-                   "batch-size prompts num-images init-image strength cfg-normalization cfg-truncation upscale").split():
-        assert f"--{option}" in options
-
-
-def test_offload_and_float_types(tmp_path):
-    for dtype in ("bfloat16", "float32"):
-        assert sample(tmp_path, "a cat", *SMALL, "--offload", "--dtype", dtype, "--out", f"{dtype}.png").returncode == 0
-    a, b = (np.asarray(Image.open(tmp_path / f"{dtype}.png")).astype(int) for dtype in ("bfloat16", "float32"))
-    assert 0 < np.abs(a - b).max() < 26 and torch.get_default_dtype() == torch.float32
+def test_help_names_every_option_with_its_default():
+    text = " ".join(run("sampler.py", "--help").stdout.split())
+    for option in sampler.make_parser()._actions:
+        assert not option.option_strings or option.option_strings[-1] in text
+    for words in ("multiples of 16", "default 1)", "default 0.6", "default image.png",
+                  "default lanczos", "float32 on a CPU"):
+        assert words in text, words

@@ -198,10 +198,12 @@ def test_checkpointed_activations_use_the_adapters_of_the_forward_pass(dit, batc
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("prompts", ["a cat\na dog\n", "a cat\n"])      # with a mask, without
 @pytest.mark.parametrize("options", [
     ["--accumulate", 2, "--checkpoint-activations"],
     ["--lora", 4, "--accumulate", 2, "--checkpoint-activations"]])
-def test_less_memory_is_the_same_run(command, options):
+def test_less_memory_is_the_same_run(command, options, prompts):
+    command.prompts.write_text(prompts)
     plain = [*options[:2]] if "--lora" in options else []
     assert command(*plain, "--warmup", 1).returncode == 0
     wanted = [line["loss"] for line in command.log()]

@@ -1,140 +1,486 @@
-"""Files: the name table at full size, both layouts, round trips, and files gone wrong."""
+"""Names at full size, layouts, round trips, mapping, configurations, files gone wrong."""
 
+import functools
 import json
 import lzma
+import os
 import resource
 import shutil
-import struct
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import DATA, TINY, refused, run, run_here
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import convert_weights
+import formats
 import sampler
+from conftest import DATA, TINY, refused, run, run_here
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae
-from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig
+from model import VAE, DiT, DiTConfig, TextEncoderConfig, VAEConfig
 
-FULL_SIZE = [("transformer", "dit", DiT, DiTConfig()), ("text_encoder", "text_encoder", TextEncoder, TextEncoderConfig()),
-             ("vae", "vae", VAE, VAEConfig())]
-
-
-@pytest.mark.parametrize("component, network, module_type, config", FULL_SIZE)
-def test_name_table_at_full_size(component, network, module_type, config):
-    """Every official tensor is exactly one piece of ours, the pieces tile our tensors, and both ways is the identity."""
-    official = json.loads((DATA / "official_tensors.json").read_text())[component]
-    prefix = "model." if network == "text_encoder" else ""
-    pieces = convert_weights.build_pieces(network, config)
-    assert {prefix + p.official: list(p.shape) for p in pieces} == official["tensors"]
-    assert len(pieces) == len(official["tensors"])
-    assert sum(torch.Size(p.shape).numel() for p in pieces) == official["parameters"]
-
-    with torch.device("meta"):
-        ours = module_type(config).state_dict()
-    rows = {}
-    for p in pieces:
-        assert p.start == rows.get(p.ours, 0)                                # in order, without gap or overlap
-        rows[p.ours] = p.start + p.shape[0]
-        assert p.needed == (p.ours in ours)
-        if p.needed:
-            assert p.shape[1:] == ours[p.ours].shape[1:]
-    assert {name: rows[name] for name in ours} == {name: t.shape[0] for name, t in ours.items()}
+FULL_SIZE = [("transformer", "dit", DiTConfig()), ("vae", "vae", VAEConfig()),
+             ("text_encoder", "text_encoder", TextEncoderConfig())]
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+SHARD = "transformer/diffusion_pytorch_model-0000{}-of-00005.safetensors"
 
 
-def test_dit_parameter_count():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in DiT(DiTConfig()).parameters()) == 6_154_908_736
-
-
-def test_pad_tokens_start_at_zero():
-    dit = DiT(DiTConfig(dim=24, n_heads=1, n_layers=1, n_refiner_layers=1, cap_feat_dim=8, axes_dims=(8, 8, 8)))
-    assert not dit.x_pad_token.any() and not dit.cap_pad_token.any()
+def edit(path, change):
+    """Rewrites a JSON or safetensors file after change(data). A dict instead is merged into it."""
+    is_json = path.suffix == ".json"
+    data = json.loads(path.read_text(encoding="utf-8")) if is_json else dict(load_file(path))
+    if isinstance(change, dict):
+        data.update(change)
+    else:
+        change(data)
+    if is_json:
+        path.write_text(json.dumps(data), encoding="utf-8")
+    else:
+        save_file({name: tensor.clone() for name, tensor in data.items()}, f"{path}.new")
+        os.replace(f"{path}.new", path)
 
 
 def all_tensors(directory):
     """{(folder, name): tensor} of every safetensors file below a directory."""
-    return {(file.parent.name, name): tensor for file in directory.rglob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {(file.parent.name, name): tensor for file in directory.rglob("*.safetensors")
+            for name, tensor in load_file(file).items()}
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("component, kind, config", FULL_SIZE)
+def test_names_at_full_size(component, kind, config):
+    """Every official tensor is one tensor of ours and the other way round, in the same shape."""
+    official = json.loads((DATA / "official_tensors.json").read_text())[component]
+    expected = convert_weights.expected_tensors(kind, config)
+    shapes = {name: list(shape) for name, (_, shape, _) in expected.items()}
+    assert shapes == official["tensors"]
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == official["parameters"]
+    ours = {name: shape for name, shape, needed in expected.values() if needed}
+    state = convert_weights.build(kind, config).state_dict()
+    assert ours == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert len({name for name, _, _ in expected.values()}) == len(expected)
+
+
+@pytest.mark.parametrize("component, kind, config", FULL_SIZE)
+def test_other_programs_names_are_unambiguous(component, kind, config):
+    """Only q, k and v of the DiT share a name, each with a place of its own."""
+    names = {}
+    for official, (ours, _, _) in convert_weights.expected_tensors(kind, config).items():
+        for spelling in set(convert_weights.spellings(kind, config, official, ours)):
+            names.setdefault(spelling, []).append(official)
+    assert all(len(officials) == 1 for officials in names.values())
+    comfy = {convert_weights.comfy_name(kind, config, official)
+             for official in convert_weights.expected_tensors(kind, config)}
+    assert len(comfy) == {"dit": 453, "text_encoder": 398, "vae": 244}[kind]
+
+
+def test_dit_parameter_count():
+    dit = convert_weights.build("dit", DiTConfig())
+    assert sum(p.numel() for p in dit.parameters()) == 6_154_908_736
+
+
+def test_empty_networks_are_not_initialized():
+    """On the meta device nn.Embedding would import PyTorch's compiler, which takes a second."""
+    code = ("import sys, convert_weights as c; from model import TextEncoderConfig;"
+            "c.build('text_encoder', TextEncoderConfig());"
+            "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DATA.parent.parent)
+
+
+# --- Load and convert ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load, folder", [
+    (load_dit, "transformer"), (load_text_encoder, "text_encoder"), (load_vae, "vae")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_into_a_dtype(load, folder, dtype):
+    module = load(TINY / folder, dtype=dtype)
+    assert not module.training
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert all(p.device.type == "cpu" for p in module.parameters())
+
+
+def mapped_bytes(tensors):
+    """How many bytes of these tensors lie in mapped files. Linux says what lies where."""
+    areas = []
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            place, *_, path = line.split(maxsplit=5)
+            if path.strip().endswith(".safetensors"):
+                areas.append([int(number, 16) for number in place.split("-")])
+    return sum(tensor.nbytes for tensor in tensors
+               if any(start <= tensor.data_ptr() < end for start, end in areas))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_is_not_cast_is_mapped(tmp_path):
+    """Such a network has no memory of its own, one that is cast has nothing mapped."""
+    convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
+    for path in (TINY / "transformer", tmp_path / "comfy/z_image.safetensors"):
+        parameters = list(load_dit(path, dtype=None, like=TINY / "transformer").parameters())
+        assert {p.dtype for p in parameters} == {torch.bfloat16}
+        assert mapped_bytes(parameters) == sum(p.nbytes for p in parameters)
+    assert mapped_bytes(load_dit(TINY / "transformer", dtype=torch.float32).parameters()) == 0
+
+
+def test_a_mapped_network_survives_a_replaced_file(checkpoint):
+    """Writing to the network does not reach the file; a new file does not reach the network."""
+    file = checkpoint / "vae/diffusion_pytorch_model.safetensors"
+    vae, before = load_vae(checkpoint / "vae"), file.read_bytes()
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.zero_()
+    assert file.read_bytes() == before
+    kept = vae.encoder.conv_in.weight.clone()
+    edit(file, {"encoder.conv_in.weight": torch.zeros_like(kept)})
+    assert torch.equal(vae.encoder.conv_in.weight, kept)
 
 
 def test_round_trip_is_exact(tmp_path):
-    """official -> ours -> ours -> official, tensors bit for bit in their stored type, and the same pictures on the way."""
-    convert_weights.convert(TINY, tmp_path / "ours")
+    """official -> ours -> comfy -> ours -> official: all tensors bit for bit in their type."""
+    steps = [("ours", TINY), ("comfy", "ours"), ("again", "comfy"), ("official", "again")]
+    for name, source in steps:
+        layout = name if name in ("comfy", "official") else "ours"
+        convert_weights.convert(tmp_path / source, tmp_path / name, to=layout)
     assert {f.name for f in (tmp_path / "ours").iterdir()} == {
-        "config.json", "dit.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json"}
-    convert_weights.convert(tmp_path / "ours", tmp_path / "again")
-    convert_weights.convert(tmp_path / "again", tmp_path / "official", to="official")
+        "config.json", "dit.safetensors", "text_encoder.safetensors", "vae.safetensors",
+        "tokenizer.json"}
     before, after = all_tensors(TINY), all_tensors(tmp_path / "official")
     assert before.keys() == after.keys() and len(before) > 250
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
-    assert (tmp_path / "official/tokenizer/tokenizer.json").read_bytes() == (TINY / "tokenizer/tokenizer.json").read_bytes()
-    images = [sampler.generate(sampler.load_pipeline(d), "a cat", 64, 64, steps=2, output="tensor")
-              for d in (TINY, tmp_path / "ours", tmp_path / "official")]
-    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    options = {"height": 64, "width": 64, "steps": 2, "output": "tensor"}
+    images = [sampler.generate(sampler.load_pipeline(path), "a cat", **options)
+              for path in (TINY, *(tmp_path / name for name, _ in steps))]
+    assert all(torch.equal(images[0], image) for image in images)
+
+
+def test_what_a_student_knows_goes_everywhere(tmp_path):
+    """Steps, size, guidance and trained steps survive every layout, and come back bit-equal."""
+    p = sampler.load_pipeline(TINY)
+    for _ in range(2):                            # the second time replaces the first
+        convert_weights.save_pipeline(
+            tmp_path / "ours", p.dit, p.text_encoder, p.vae, p.tokenizer, shift=2.5,
+            dtype=torch.bfloat16, steps=3, guidance=1.5, size=64, trained_steps=3)
+    settings = {"shift": 2.5, "steps": 3, "guidance": 1.5, "size": 64, "trained_steps": 3}
+    for layout in ("official", "comfy"):
+        convert_weights.convert(tmp_path / "ours", tmp_path / layout, to=layout)
+        checkpoint = convert_weights.open_checkpoint(tmp_path / layout)
+        assert checkpoint.settings == settings and not checkpoint.shift_assumed
+        convert_weights.convert(tmp_path / layout, tmp_path / f"{layout} back")
+        before, after = (load_file(tmp_path / name / "dit.safetensors")
+                         for name in ("ours", f"{layout} back"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    encoder = load_file(tmp_path / "official/text_encoder/model.safetensors")
+    assert encoder.keys() == load_file(TINY / "text_encoder/model.safetensors").keys()
+    assert not encoder["model.layers.3.mlp.down_proj.weight"].any()      # the layer nobody runs
 
 
 def test_convert_dtype(tmp_path):
-    result = run("convert_weights.py", TINY, tmp_path / "wide", "--dtype", "float32")
-    assert result.returncode == 0, result.stderr
-    types = {name: {t.dtype for t in load_file(tmp_path / "wide" / f"{name}.safetensors").values()} for name in ("dit", "vae")}
-    assert types == {"dit": {torch.float32}, "vae": {torch.float32}}
+    convert_weights.convert(TINY, tmp_path / "wide", dtype=torch.float32)
     convert_weights.convert(tmp_path / "wide", tmp_path / "narrow", dtype=torch.bfloat16)
-    for file in ("dit", "text_encoder", "vae"):
-        wide, narrow = (load_file(tmp_path / d / f"{file}.safetensors") for d in ("wide", "narrow"))
-        assert {t.dtype for t in narrow.values()} == {torch.float32 if file == "vae" else torch.bfloat16}
-        assert all(torch.equal(wide[name], narrow[name].float()) for name in wide)   # it was bfloat16 before
+    for kind in ("dit", "text_encoder", "vae"):
+        wide, narrow = (load_file(tmp_path / name / f"{kind}.safetensors")
+                        for name in ("wide", "narrow"))
+        assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+        assert {tensor.dtype for tensor in narrow.values()} == {
+            torch.float32 if kind == "vae" else torch.bfloat16}
+        assert all(torch.equal(wide[name], narrow[name].float()) for name in wide)
 
 
-def test_load_into_a_dtype():
-    for load, folder in ((load_dit, "transformer"), (load_text_encoder, "text_encoder"), (load_vae, "vae")):
-        for dtype in (torch.float32, torch.bfloat16):
-            module = load(TINY / folder, dtype=dtype)
-            assert not module.training and {p.dtype for p in module.parameters()} == {dtype}
-            assert all(p.device.type == "cpu" for p in module.parameters())
+@pytest.mark.parametrize("layout", ["ours", "comfy"])
+def test_convert_to_int8(tmp_path, layout):
+    """Each row of a block's weights is rounded to 1/127 of its largest number, the rest is kept."""
+    convert_weights.convert(TINY, tmp_path / "int8", dtype="int8", to=layout)
+    network = convert_weights.open_checkpoint(tmp_path / "int8").networks["dit"]
+    before = dict(convert_weights.official_tensors(
+        convert_weights.open_network("dit", TINY / "transformer")))
+    quantized = 0
+    for name, tensor in convert_weights.official_tensors(network):
+        if convert_weights.QUANTIZED.search(name):
+            quantized += 1
+            scale = before[name].float().abs().amax(-1, keepdim=True) / 127
+            assert ((tensor - before[name].float()).abs() <= 0.5001 * scale).all(), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert quantized == 7 * 7
 
 
-def test_save_pipeline_and_official_files_of_it(tmp_path):
-    """What training writes: no unused layer in the encoder, the settings kept; official files get a last layer of zeros."""
-    p = sampler.load_pipeline(TINY)
-    for _ in range(2):                                                       # the second time replaces the first
-        convert_weights.save_pipeline(tmp_path / "saved", p.dit, p.text_encoder, p.vae, p.tokenizer, shift=2.5,
-                                      dtype=torch.float32, steps=3, guidance=1.5, size=64)
-    again = sampler.load_pipeline(tmp_path / "saved")
-    assert (again.shift, again.steps, again.guidance, again.size) == (2.5, 3, 1.5, 64)
-    options = dict(steps=2, guidance=0.0, shift=3.0, height=64, width=64, output="tensor")
-    image = sampler.generate(p, "a cat", **options)
-    assert torch.equal(image, sampler.generate(again, "a cat", **options))
-    convert_weights.convert(tmp_path / "saved", tmp_path / "official", to="official")
-    assert torch.equal(image, sampler.generate(sampler.load_pipeline(tmp_path / "official"), "a cat", **options))
-    encoder = load_file(tmp_path / "official/text_encoder/model.safetensors")
-    assert encoder.keys() == load_file(TINY / "text_encoder/model.safetensors").keys()
-    assert not encoder["model.layers.3.mlp.down_proj.weight"].any()
+def test_mixed_types_in_a_stack(checkpoint, tmp_path):
+    """q in float32 beside k and v in bfloat16: the stack takes the wider type, nothing is lost."""
+    name, wide = "layers.0.attention.to_q.weight", torch.randn(48, 48)
+    edit(checkpoint / SHARD.format(3), {name: wide})
+    convert_weights.convert(checkpoint, tmp_path / "comfy", to="comfy")
+    stack = load_file(tmp_path / "comfy/z_image.safetensors")["layers.0.attention.qkv.weight"]
+    assert stack.dtype == torch.float32 and torch.equal(stack[:48], wide)
+
+
+def test_adapters_on_conversion(tmp_path):
+    file = DATA / "formats/lora/aitoolkit_lora_a_b.safetensors"
+    result = run("convert_weights.py", TINY, tmp_path / "merged", "--lora", f"{file}:0.5",
+                 "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    merged = load_dit(tmp_path / "merged").state_dict()
+    expected = load_dit(TINY / "transformer", adapters=[(file, 0.5)]).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
 
 def test_encoder_files_without_prefix_and_with_a_head(checkpoint):
     """Exports differ: names without "model.", the tied head repeated, the unused layer left out."""
-    file = checkpoint / "text_encoder/model.safetensors"
-    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("layers.3.", "norm."))}
-    save_file({**tensors, "lm_head.weight": tensors["embed_tokens.weight"].clone()}, file)
-    a, b = load_text_encoder(checkpoint / "text_encoder"), load_text_encoder(TINY / "text_encoder")
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    def reduce(tensors):
+        for name, tensor in list(tensors.items()):
+            del tensors[name]
+            if not name.startswith(("model.layers.3.", "model.norm.")):
+                tensors[name.removeprefix("model.")] = tensor
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    edit(checkpoint / "text_encoder/model.safetensors", reduce)
+    state = load_text_encoder(checkpoint / "text_encoder").state_dict()
+    for name, tensor in load_text_encoder(TINY / "text_encoder").state_dict().items():
+        assert torch.equal(tensor, state[name])
 
 
-# --- Files gone wrong ---------------------------------------------------------------------------------------
+# --- Parts from several places ------------------------------------------------------------------
 
 
-def edit(path, change):
-    """Rewrites a JSON file or a safetensors file after change(data) in place."""
-    if path.suffix == ".json":
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    """The tiny checkpoint in single files, as a student leaves: with its settings."""
+    target = tmp_path_factory.mktemp("parts") / "comfy"
+    convert_weights.convert(TINY, target, to="comfy")
+    return target
+
+
+def test_parts_replace_those_of_the_model(comfy):
+    checkpoint = convert_weights.open_checkpoint(
+        TINY, dit=comfy / "z_image.safetensors", vae=comfy / "ae.safetensors")
+    assert checkpoint.networks["dit"].path == comfy / "z_image.safetensors"
+    assert checkpoint.networks["text_encoder"].path == TINY / "text_encoder"
+    assert checkpoint.settings["shift"] == 3.0 and not checkpoint.shift_assumed
+
+
+def test_a_single_file_finds_what_lies_beside_it(comfy, tmp_path):
+    checkpoint = convert_weights.open_checkpoint(comfy / "z_image.safetensors")
+    assert checkpoint.files["vae"] == comfy / "ae.safetensors"
+    assert convert_weights.open_checkpoint(comfy).files == checkpoint.files
+    alone = shutil.copy(comfy / "z_image.safetensors", tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match="lacks text_encoder, vae, tokenizer.*--text-encoder FILE"):
+        convert_weights.open_checkpoint(alone)
+    checkpoint = convert_weights.open_checkpoint(
+        alone, text_encoder=TINY / "text_encoder", vae=TINY / "vae", tokenizer=TINY / "tokenizer")
+    assert checkpoint.networks["vae"].path == TINY / "vae"
+    twice = shutil.copytree(comfy, tmp_path / "twice")
+    shutil.copy(twice / "ae.safetensors", twice / "another.safetensors")
+    with pytest.raises(UserError, match="several files for the vae.*ae.safetensors"):
+        convert_weights.open_checkpoint(twice)
+    assert convert_weights.open_checkpoint(twice, vae=twice / "ae.safetensors")
+
+
+def test_an_assumed_shift_is_said(comfy):
+    """No file of other programs has the schedule's shift, and a component folder has none."""
+    named = {"dit": TINY / "transformer", "text_encoder": TINY / "text_encoder",
+             "vae": comfy / "ae.safetensors", "tokenizer": TINY / "tokenizer"}
+    checkpoint = convert_weights.open_checkpoint(**named)
+    assert checkpoint.shift_assumed and checkpoint.settings == {"shift": 3.0}
+    checkpoint = convert_weights.open_checkpoint(**{**named, "dit": comfy / "z_image.safetensors"})
+    assert not checkpoint.shift_assumed           # we write it into the header
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a.safetensors", ("a.safetensors", 1.0)),
+    ("a.safetensors:0.5", ("a.safetensors", 0.5)),
+    ("dir/a:-1", ("dir/a", -1.0)),
+    (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1.0)),
+    (r"C:\loras\a.safetensors:0.8", (r"C:\loras\a.safetensors", 0.8)),
+])
+def test_strength_of_an_adapter(text, expected):
+    assert convert_weights.adapter(text) == expected
+
+
+# --- Configurations: every key of every file ----------------------------------------------------
+
+# file -> {key: what happens when it is changed}. used: another network or picture; refused: an
+# error names it; ignored: it says nothing about a picture. A misspelt key is warned about.
+KEYS = {
+    "transformer/config.json": {
+        "used": "in_channels dim n_layers n_refiner_layers n_heads norm_eps cap_feat_dim "
+                "rope_theta axes_dims axes_lens t_scale",
+        "refused": "_class_name all_patch_size all_f_patch_size n_kv_heads qk_norm siglip_feat_dim",
+        "ignored": "_diffusers_version"},
+    "text_encoder/config.json": {
+        "used": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+                "num_key_value_heads head_dim rms_norm_eps rope_parameters",
+        "refused": "model_type hidden_act attention_bias use_sliding_window layer_types",
+        "ignored": "architectures attention_dropout bos_token_id dtype eos_token_id "
+                   "initializer_range max_position_embeddings max_window_layers pad_token_id "
+                   "sliding_window tie_word_embeddings transformers_version use_cache"},
+    "vae/config.json": {
+        "used": "in_channels latent_channels block_out_channels layers_per_block norm_num_groups "
+                "scaling_factor shift_factor",
+        "refused": "_class_name act_fn mid_block_add_attention use_quant_conv use_post_quant_conv "
+                   "latents_mean latents_std out_channels down_block_types up_block_types",
+        "ignored": "_diffusers_version force_upcast sample_size"},
+    "scheduler/scheduler_config.json": {
+        "used": "shift",
+        "refused": "_class_name num_train_timesteps use_dynamic_shifting use_karras_sigmas "
+                   "use_exponential_sigmas use_beta_sigmas invert_sigmas shift_terminal "
+                   "stochastic_sampling",
+        "ignored": "_diffusers_version base_image_seq_len base_shift max_image_seq_len max_shift "
+                   "time_shift_type"},
+}
+FATES = [(file, key, fate) for file, fates in KEYS.items() for fate, keys in fates.items()
+         for key in keys.split()]
+
+
+@pytest.mark.parametrize("file", KEYS)
+def test_the_table_has_every_key(file):
+    known = {key for name, key, _ in FATES if name == file}
+    assert known == json.loads((TINY / file).read_text()).keys()
+
+
+def other(value):
+    """A value of the same kind that says something else."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, list):
+        return [other(item) for item in value]
+    if isinstance(value, dict):
+        return {**value, "rope_theta": 12345.0}
+    return f"other {value}" if isinstance(value, str) else value * 2 + 2
+
+
+@functools.cache
+def open_tiny():
+    return convert_weights.open_checkpoint(TINY)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("file, key, fate", FATES)
+def test_keys_of_configurations(checkpoint, file, key, fate):
+    before = open_tiny()
+    edit(checkpoint / file, lambda data: data.update({key: other(data[key])}))
+    try:
+        after = convert_weights.open_checkpoint(checkpoint)
+    except UserError as error:
+        assert fate in ("refused", "used"), error
+        return
+    same = before.settings == after.settings and all(
+        before.networks[kind].config == after.networks[kind].config for kind in before.networks)
+    assert same == (fate == "ignored")
+
+
+@pytest.mark.parametrize("file", KEYS)
+def test_unknown_keys_are_warned_about(checkpoint, file):
+    edit(checkpoint / file, {"sclaing_factor": 2})
+    with pytest.warns(UserWarning, match="config.json: sclaing_factor"):
+        convert_weights.open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("rope, good", [
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, False),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, False),
+    ({"rope_parameters": {"rope_type": "dynamic"}}, False),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, False),
+    ({"rope_scaling": [1]}, False),
+    ({"rope_scaling": {"type": "default"}, "rope_theta": 5.0}, True),
+    ({"rope_scaling": None, "rope_parameters": None, "rope_theta": 5.0}, True),
+    ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7.0}, True),
+])
+def test_spellings_of_the_rotary_embedding(checkpoint, rope, good):
+    edit(checkpoint / "text_encoder/config.json", rope)
+    if good:
+        network = convert_weights.open_network("text_encoder", checkpoint / "text_encoder")
+        assert network.config.rope_theta == 5.0
     else:
-        data = dict(load_file(path))
-        change(data)
-        save_file(data, path)
+        with pytest.raises(UserError, match="rotary"):
+            convert_weights.open_network("text_encoder", checkpoint / "text_encoder")
+
+
+def test_a_missing_field_is_what_the_reference_takes(checkpoint):
+    """Not the release's value: diffusers' AutoencoderKL scales by 0.18215 unless told otherwise."""
+    edit(checkpoint / "vae/config.json", lambda data: data.pop("scaling_factor"))
+    network = convert_weights.open_network("vae", checkpoint / "vae")
+    assert network.config.scaling_factor == 0.18215
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["vae"].update(scaling_factr=c["vae"].pop("scaling_factor")), "scaling_factr"),
+    (lambda c: c.update(setps=4), "setps"),
+    (lambda c: c["dit"].pop("t_scale"), "t_scale"),
+    (lambda c: c.pop("vae"), "section vae"),
+    (lambda c: c.pop("shift"), "shift"),
+    (lambda c: c.update(steps=0), "steps"),
+    (lambda c: c.update(guidance=float("nan")), "guidance"),
+])
+def test_our_own_configuration_is_exact(tmp_path, change, words):
+    """Every field is written, so one that is missing or unknown is a mistake."""
+    convert_weights.convert(TINY, tmp_path / "ours")
+    edit(tmp_path / "ours/config.json", change)
+    with pytest.raises(UserError, match=f"config.json.*{words}"):
+        convert_weights.open_checkpoint(tmp_path / "ours")
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+def test_what_a_tokenizer_remembers_is_not_the_models(checkpoint, tmp_path):
+    """diffusers saves padding and truncation of the last call with it."""
+    file, prompt = checkpoint / "tokenizer/tokenizer.json", "a cat with an umbrella " * 4
+    tokenizer = Tokenizer.from_file(str(file))
+    ids = tokenizer.encode(prompt).ids
+    for direction in ("left", "right"):
+        tokenizer.enable_padding(direction=direction, length=512, pad_id=465)
+        tokenizer.enable_truncation(20, direction=direction)
+        tokenizer.save(str(file))
+        assert formats.load_tokenizer(file).encode(prompt).ids == ids
+    convert_weights.convert(checkpoint, tmp_path / "ours")
+    assert Tokenizer.from_file(str(tmp_path / "ours/tokenizer.json")).encode(prompt).ids == ids
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.update(added_tokens=[x for x in t["added_tokens"]
+                                      if x["content"] != "<|im_end|>"]), "im_end"),
+    (lambda t: t["model"]["vocab"].update({"unseen": 511}), None),
+    (lambda t: t["model"]["vocab"].update({"unseen": 512}), "token 512"),
+    (lambda t: t["model"].update(dropout=0.1), "dropout"),
+    (lambda t: t.pop("model"), "not a tokenizer"),
+])
+def test_tokenizers_that_do_not_fit(checkpoint, change, words):
+    """Before a weight is read: tokens past the embedding, the template's tokens, randomness."""
+    edit(checkpoint / "tokenizer/tokenizer.json", change)
+    if words is None:
+        assert convert_weights.open_checkpoint(checkpoint)
+    else:
+        with pytest.raises(UserError, match=words):
+            convert_weights.open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"add_prefix_space": True}, "add_prefix_space"),
+    ({"split_special_tokens": True}, "split_special_tokens"),
+    ({"chat_template": "{{ messages[0].content }}"}, None),          # the .jinja file wins
+])
+def test_tokenizer_configurations(checkpoint, change, words):
+    edit(checkpoint / "tokenizer/tokenizer_config.json", change)
+    if words is None:
+        assert convert_weights.open_checkpoint(checkpoint)
+        (checkpoint / "tokenizer/chat_template.jinja").unlink()
+        words = "chat template"
+    with pytest.raises(UserError, match=words):
+        convert_weights.open_checkpoint(checkpoint)
+
+
+def test_tokenizer_of_the_release_with_a_tiny_encoder(checkpoint):
+    (checkpoint / "tokenizer/tokenizer.json").write_bytes(
+        lzma.decompress((DATA / "qwen3_tokenizer.json.xz").read_bytes()))
+    assert refused(run_here(sampler.main, "a cat", "--model", checkpoint), "belong together")
+
+
+# --- Files gone wrong ---------------------------------------------------------------------------
 
 
 def test_names_and_shapes_are_checked_both_ways(checkpoint):
@@ -145,182 +491,251 @@ def test_names_and_shapes_are_checked_both_ways(checkpoint):
     edit(checkpoint / "vae/diffusion_pytorch_model.safetensors", damage)
     with pytest.raises(UserError) as error:
         load_vae(checkpoint / "vae")
-    for part in ("missing: decoder.conv_out.bias", "unexpected: stranger.weight", "wrong shape: encoder.conv_in.bias [3] instead of [8]"):
+    for part in ("missing: decoder.conv_out.bias", "unexpected: stranger.weight",
+                 "encoder.conv_in.bias [3] instead of [8]"):
         assert part in str(error.value)
 
 
 def test_ours_is_checked_too(tmp_path):
     convert_weights.convert(TINY, tmp_path / "ours")
-    edit(tmp_path / "ours/dit.safetensors", lambda t: t.pop("layers.0.attention.qkv.weight"))
-    with pytest.raises(UserError, match="missing: layers.0.attention.qkv.weight"):
+    edit(tmp_path / "ours/dit.safetensors", lambda t: t.pop("layers.0.attention.to_q.weight"))
+    with pytest.raises(UserError, match="missing: layers.0.attention.to_q.weight"):
         load_dit(tmp_path / "ours")
 
 
 def test_part_of_the_unused_layer_missing(checkpoint):
-    edit(checkpoint / "text_encoder/model.safetensors", lambda t: t.pop("model.layers.3.mlp.up_proj.weight"))
-    with pytest.raises(UserError, match="missing: layers.3.mlp.up_proj.weight"):
+    edit(checkpoint / "text_encoder/model.safetensors",
+         lambda t: t.pop("model.layers.3.mlp.up_proj.weight"))
+    with pytest.raises(UserError, match="missing: model.layers.3.mlp.up_proj.weight"):
         load_text_encoder(checkpoint / "text_encoder")
 
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_damaged_weights_are_named(checkpoint, value):
+    name = "encoder.conv_in.bias"
+    edit(checkpoint / "vae/diffusion_pytorch_model.safetensors",
+         {name: torch.full((8,), value)})
+    with pytest.raises(UserError, match=f"{name} is not finite"):
+        load_vae(checkpoint / "vae")
 
 
-@pytest.mark.parametrize("shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/passwd", "..\\x.safetensors", "x.bin", 7, ""])
+@pytest.mark.parametrize("shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/passwd",
+                                   "..\\x.safetensors", "x.bin", 7, ""])
 def test_shard_names_cannot_leave_the_directory(checkpoint, shard):
-    edit(checkpoint / "transformer" / INDEX, lambda d: d["weight_map"].update(x_pad_token=shard))
+    edit(checkpoint / INDEX, lambda d: d["weight_map"].update(x_pad_token=shard))
     with pytest.raises(UserError, match="index.json names the shard"):
         load_dit(checkpoint / "transformer")
 
 
-def break_header(data):
-    return struct.pack("<Q", 1 << 40) + data[8:]
-
-
-@pytest.mark.parametrize("network, path, damage, words", [
-    ("dit", f"transformer/{INDEX}", lambda b: b"[]", "should hold a JSON object"),
-    ("dit", f"transformer/{INDEX}", lambda b: b"{}", "has no weight_map"),
-    ("dit", f"transformer/{INDEX}", lambda b: b"\xff\xfe{", "is not valid JSON"),
-    ("dit", "transformer/diffusion_pytorch_model-00002-of-00005.safetensors", None, "00002-of-00005.safetensors is missing"),
-    ("dit", "transformer/diffusion_pytorch_model-00002-of-00005.safetensors", lambda b: b[:len(b) // 2], "is not a complete safetensors file"),
-    ("dit", "transformer/diffusion_pytorch_model-00002-of-00005.safetensors", lambda b: b"", "is not a complete safetensors file"),
-    ("dit", "transformer/diffusion_pytorch_model-00002-of-00005.safetensors", break_header, "is not a complete safetensors file"),
-    ("dit", "transformer/diffusion_pytorch_model-00002-of-00005.safetensors", lambda b: b"\x80\x04N.", "is not a complete safetensors file"),
-    ("dit", "transformer/config.json", None, "cannot read"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b"ZImageTransformer2DModel", b"FluxTransformer2DModel"), "_class_name is 'FluxTransformer2DModel'"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"dim": 48', b'"dim": "48"'), "dim should be a positive whole number, not '48'"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"dim": 48', b'"dim": 47'), "sum(axes_dims) * n_heads = dim"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"n_layers": 3', b'"n_layers": true'), "n_layers should be"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"norm_eps": 1e-05', b'"norm_eps": null'), "norm_eps should be a number"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"norm_eps": 1e-05', b'"norm_eps": NaN'), "norm_eps should be a number"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"n_layers": 3', b'"n_layers": 100000'), "more than any network"),
-    ("dit", "transformer/config.json", lambda b: b"[" * 200_000, "is not valid JSON"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"n_kv_heads": 3', b'"n_kv_heads": 1'), "n_kv_heads is 1"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"qk_norm": true', b'"qk_norm": false'), "qk_norm is False"),
-    ("dit", "transformer/config.json", lambda b: b.replace(b'"n_layers": 3', b'"n_layers": 4'), "missing: layers.3."),
-    ("text_encoder", "text_encoder/config.json", lambda b: b.replace(b'"qwen3"', b'"llama"'), "model_type is 'llama'"),
-    ("text_encoder", "text_encoder/config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "yarn"'), "rope_parameters"),
-    ("text_encoder", "text_encoder/config.json", lambda b: b.replace(b'"num_key_value_heads": 2', b'"num_key_value_heads": 3'), "cannot be built"),
-    ("vae", "vae/config.json", lambda b: b.replace(b'"AutoencoderKL"', b'"AutoencoderTiny"'), "_class_name is 'AutoencoderTiny'"),
-    ("vae", "vae/config.json", lambda b: b.replace(b'"norm_num_groups": 4', b'"norm_num_groups": 3'), "cannot be built"),
-    ("vae", "vae/config.json", lambda b: b.replace(b'    16,\n    16', b'    16,\n    -16'), "block_out_channels should be a list"),
-])
-def test_damaged_components(checkpoint, network, path, damage, words):
-    file = checkpoint / path
-    before = file.read_bytes()
-    file.unlink()
-    if damage:
-        after = damage(before)
-        assert after != before                                               # the damage was done
-        file.write_bytes(after)
-    assert refused(run_here(sampler.main, "a cat", "--model", checkpoint), words)
-    with pytest.raises(UserError):
-        convert_weights.load(network, checkpoint / path.split("/")[0])
-
-
 def test_tensor_in_two_shards(checkpoint):
-    shard = checkpoint / "transformer/diffusion_pytorch_model-00005-of-00005.safetensors"
-    edit(shard, lambda t: t.update(x_pad_token=torch.zeros(1, 48)))
+    edit(checkpoint / SHARD.format(5), {"x_pad_token": torch.zeros(1, 48)})
     with pytest.raises(UserError, match="x_pad_token is in both"):
         load_dit(checkpoint / "transformer")
 
 
-def test_quantised_files_are_refused(checkpoint):
-    shard = checkpoint / "transformer/diffusion_pytorch_model-00005-of-00005.safetensors"
-    edit(shard, lambda t: t.update({name: x.to(torch.int8) for name, x in t.items()}))
-    with pytest.raises(UserError, match="holds tensors of type I8"):
-        load_dit(checkpoint / "transformer")
+TRANSFORMER, ENCODER, AUTOENCODER = (f"{folder}/config.json" for folder in
+                                     ("transformer", "text_encoder", "vae"))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda d: shutil.rmtree(d / "transformer"), "is not a model directory"),
-    (lambda d: (d / "scheduler/scheduler_config.json").write_text('{"shift": 3.0}'), "has no _class_name"),
-    (lambda d: edit(d / "scheduler/scheduler_config.json", lambda c: c.update(shift="3")), "shift should be a number, not '3'"),
-    (lambda d: edit(d / "scheduler/scheduler_config.json", lambda c: c.update(shift=10 ** 400)), "shift should be a number"),
-    (lambda d: edit(d / "scheduler/scheduler_config.json", lambda c: c.pop("shift")), "shift should be a number, not None"),
-    (lambda d: edit(d / "scheduler/scheduler_config.json", lambda c: c.update(use_dynamic_shifting=True)), "use_dynamic_shifting is True"),
-    (lambda d: (d / "tokenizer/tokenizer.json").write_text("{}"), "is not a tokenizer file"),
-    (lambda d: (d / "tokenizer/tokenizer.json").unlink(), "tokenizer.json is missing"),
+@pytest.mark.parametrize("file, change", [
+    (INDEX, b"[]"), (INDEX, b"{}"), (INDEX, b"\xff\xfe{"), (INDEX, b'{"weight_map": {}}'),
+    (SHARD.format(2), None), (SHARD.format(2), b""), (SHARD.format(2), b"\x80\x04N."),
+    (TRANSFORMER, None), (TRANSFORMER, b"[" * 200_000),
+    (TRANSFORMER, {"_class_name": "FluxTransformer2DModel"}),
+    (TRANSFORMER, {"dim": "48"}), (TRANSFORMER, {"dim": 47}), (TRANSFORMER, {"n_layers": True}),
+    (TRANSFORMER, {"n_layers": 4}), (TRANSFORMER, {"n_layers": 100_000}),
+    (TRANSFORMER, {"norm_eps": None}), (TRANSFORMER, {"norm_eps": float("nan")}),
+    (TRANSFORMER, {"axes_dims": [4, 6]}), (TRANSFORMER, {"axes_dims": [5, 5, 6]}),
+    (TRANSFORMER, {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    (ENCODER, {"model_type": "llama"}), (ENCODER, {"num_key_value_heads": 3}),
+    (AUTOENCODER, {"_class_name": "AutoencoderTiny"}), (AUTOENCODER, {"norm_num_groups": 3}),
+    (AUTOENCODER, {"block_out_channels": [8, -8, 16, 16]}),
+    ("scheduler/scheduler_config.json", b'{"shift": 3.0}'),
+    ("scheduler/scheduler_config.json", {"shift": "3"}),
+    ("scheduler/scheduler_config.json", {"shift": 10 ** 400}),
+    ("scheduler/scheduler_config.json", None),
+    ("tokenizer/tokenizer.json", b"{}"), ("tokenizer/tokenizer.json", None),
 ])
-def test_damaged_checkpoints(checkpoint, damage, words):
-    damage(checkpoint)
-    assert refused(run_here(sampler.main, "a cat", "--model", checkpoint), words)
-    assert refused(run_here(convert_weights.main, checkpoint, checkpoint.parent / "new"), words)
-
-
-# --- The command line ---------------------------------------------------------------------------------------
-
-
-def test_convert_command(checkpoint, tmp_path):
-    assert run("convert_weights.py", checkpoint, tmp_path / "ours").returncode == 0
-    before = sorted(tmp_path.rglob("*"))
-    assert refused(run("convert_weights.py", checkpoint, tmp_path / "ours"), "exists already")
-    assert refused(run("convert_weights.py", tmp_path / "nowhere", tmp_path / "new"), "is not a model directory")
-    edit(checkpoint / "transformer" / INDEX, lambda d: d["weight_map"].update(x_pad_token="../x.safetensors"))
-    assert refused(run("convert_weights.py", checkpoint, tmp_path / "new"), "../x.safetensors")
-    assert sorted(tmp_path.rglob("*")) == before                             # nothing half-written is left
-
-
-def test_disk_full_leaves_nothing(tmp_path):
-    """A file larger than the process may write stands in for the full disk: the write fails halfway."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-    assert refused(run("convert_weights.py", TINY, tmp_path / "new", preexec_fn=limit), "cannot write", "new", "File too large")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "empty").mkdir()
-    assert refused(run("convert_weights.py", TINY, tmp_path / "empty", preexec_fn=limit), "cannot write")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
-
-
-def test_saving_replaces_all_or_nothing(tmp_path, monkeypatch):
-    p = sampler.load_pipeline(TINY)
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved/notes.txt").write_text("mine")
-    save = lambda shift: convert_weights.save_pipeline(tmp_path / "saved", p.dit, p.text_encoder, p.vae, p.tokenizer, shift)
-    save(2.0)
-    before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
-    assert before.keys() == {"notes.txt", "config.json", "dit.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer.json"}
-    monkeypatch.setattr(convert_weights, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="No space left"):
-        save(4.0)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
-
-
-def test_mixed_types_in_one_of_our_tensors(checkpoint, tmp_path):
-    """q in float32 beside k and v in bfloat16: the stack of the three takes the wider type, and nothing is rounded."""
-    name = "layers.0.attention.to_q.weight"
-    shard = checkpoint / "transformer/diffusion_pytorch_model-00003-of-00005.safetensors"
-    wide = torch.randn(48, 48)
-    edit(shard, lambda t: t.update({name: wide}))
-    convert_weights.convert(checkpoint, tmp_path / "ours")
-    qkv = load_file(tmp_path / "ours/dit.safetensors")["layers.0.attention.qkv.weight"]
-    assert qkv.dtype == torch.float32 and torch.equal(qkv[:48], wide)
-
-
-def test_tokenizer_that_does_not_belong(checkpoint):
-    (checkpoint / "tokenizer/tokenizer.json").write_bytes(lzma.decompress((DATA / "qwen3_tokenizer.json.xz").read_bytes()))
-    assert refused(run_here(sampler.main, "a cat", "--model", checkpoint), "more tokens than the text encoder")
+def test_damaged_checkpoints(checkpoint, file, change):
+    """One sentence that names the file, exit code 2, from both commands."""
+    path = checkpoint / file
+    if isinstance(change, dict):
+        edit(path, change)
+    else:
+        path.unlink()
+        if change is not None:
+            path.write_bytes(change)
+    folder = path.parent.name
+    assert refused(run_here(sampler.main, "a cat", "--model", checkpoint), folder)
+    assert refused(run_here(convert_weights.main, checkpoint, checkpoint.parent / "new"), folder)
+    assert not (checkpoint.parent / "new").exists()
 
 
 @pytest.mark.parametrize("dit, vae, words", [
     ({"cap_feat_dim": 8}, {}, "text features of another width"),
     ({}, {"latent_channels": 8}, "different latent channels"),
-    ({"axes_lens": (16, 64, 64)}, {}, "no room for 512 text tokens"),
+    ({"axes_lens": (16, 64, 64)}, {}, "512"),
 ])
 def test_networks_that_do_not_belong_together(tmp_path, dit, vae, words):
     p = sampler.load_pipeline(TINY)
-    other_dit = DiT(DiTConfig(**{**dict(dim=8, n_layers=1, n_refiner_layers=1, n_heads=1, cap_feat_dim=32, axes_dims=(4, 2, 2)), **dit}))
-    other_vae = VAE(VAEConfig(**{**dict(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=1), **vae}))
-    convert_weights.save_pipeline(tmp_path / "mixed", other_dit, p.text_encoder, other_vae, p.tokenizer, 3.0)
-    assert refused(run_here(sampler.main, "a cat", "--model", tmp_path / "mixed"), "do not belong together", words)
+    small = {"dim": 8, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 1, "cap_feat_dim": 32,
+             "axes_dims": (4, 2, 2)}
+    other_dit = DiT(DiTConfig(**{**small, **dit}))
+    small = {"block_out_channels": (4, 4), "layers_per_block": 1, "norm_num_groups": 1}
+    other_vae = VAE(VAEConfig(**{**small, **vae}))
+    convert_weights.save_pipeline(tmp_path / "mixed", other_dit, p.text_encoder, other_vae,
+                                  p.tokenizer, 3.0)
+    assert refused(run_here(sampler.main, "a cat", "--model", tmp_path / "mixed"), words)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def test_convert_command(checkpoint, tmp_path):
+    assert run("convert_weights.py", checkpoint, tmp_path / "ours").returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert refused(run_here(convert_weights.main, checkpoint, tmp_path / "ours"), "exists already")
+    nowhere = tmp_path / "nowhere"
+    assert refused(run_here(convert_weights.main, nowhere, tmp_path / "new"), "nowhere")
+    assert refused(run_here(convert_weights.main, checkpoint), "SRC and DST")
+    assert refused(run_here(convert_weights.main, checkpoint, tmp_path / "new", "--dtype", "int8",
+                            "--to", "official"), "int8")
+    edit(checkpoint / INDEX, lambda d: d["weight_map"].update(x_pad_token="../x.safetensors"))
+    assert refused(run_here(convert_weights.main, checkpoint, tmp_path / "new"), "../x.safetensors")
+    assert sorted(tmp_path.rglob("*")) == before              # nothing half-written is left
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def test_disk_full_leaves_nothing(tmp_path):
+    """A file larger than the process may write stands in for the full disk."""
+    result = run("convert_weights.py", TINY, tmp_path / "new", preexec_fn=limit_file_size)
+    assert refused(result, "cannot write", "new", "File too large")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    result = run("convert_weights.py", TINY, tmp_path / "empty", preexec_fn=limit_file_size)
+    assert refused(result, "cannot write")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+
+
+def test_saving_replaces_all_or_nothing(tmp_path, monkeypatch):
+    p, saved = sampler.load_pipeline(TINY), tmp_path / "saved"
+    saved.mkdir()
+    (saved / "notes.txt").write_text("mine")
+    parts = (saved, p.dit, p.text_encoder, p.vae, p.tokenizer)
+    convert_weights.save_pipeline(*parts, 2.0)
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    assert before.keys() == {"notes.txt", "config.json", "dit.safetensors", "vae.safetensors",
+                             "text_encoder.safetensors", "tokenizer.json"}
+    full = OSError(28, "No space left on device")
+
+    def fail(*arguments):
+        raise full
+    monkeypatch.setattr(convert_weights, "write_json", fail)
+    with pytest.raises(UserError, match="No space left"):
+        convert_weights.save_pipeline(*parts, 4.0)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+import convert_weights
+def write(part):
+    part.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+if sys.argv[1] == "file":
+    convert_weights.write_whole("target", write)
+with convert_weights.new_directory("target", replace=True) as folder:
+    write(folder / "x")
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_leftovers_of_killed_writers_are_removed(tmp_path, kind):
+    """By the next writer, whatever the process ids are; what a living one writes is left alone."""
+    def start():
+        process = subprocess.Popen([sys.executable, "-c", HANG, kind], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE,
+                                   env={**os.environ, "PYTHONPATH": str(DATA.parent.parent)})
+        assert process.stdout.readline() == "writing\n"
+        return process
+
+    def parts():
+        return sorted(path for path in tmp_path.rglob("*part-*"))
+
+    def write():
+        if kind == "file":
+            convert_weights.write_whole(tmp_path / "target", lambda part: part.write_text("new"))
+        else:
+            with convert_weights.new_directory(tmp_path / "target", replace=True) as folder:
+                (folder / "x").write_text("new")
+
+    dead = start()
+    dead.kill()
+    dead.wait()
+    assert len(parts()) == 1
+    living = start()
+    assert len(parts()) == 1                      # the dead one's is gone, the living one's is here
+    write()
+    assert len(parts()) == 1
+    living.kill()
+    living.wait()
+    write()
+    assert parts() == []
+    target = tmp_path / "target" if kind == "file" else tmp_path / "target/x"
+    assert target.read_text() == "new"
+
+
+def test_fingerprint(checkpoint, tmp_path):
+    """What is in a model counts, not where it lies nor what lies beside."""
+    before = convert_weights.fingerprint(checkpoint)
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    (moved / "log.txt").write_text("x")
+    assert convert_weights.fingerprint(moved) == before
+    edit(moved / "vae/diffusion_pytorch_model.safetensors",
+         lambda t: t.update({"encoder.conv_in.bias": t["encoder.conv_in.bias"] + 1e-3}))
+    assert convert_weights.fingerprint(moved) != before
+    large = tmp_path / "large"
+    with open(large, "wb") as file:               # a sparse file, above the limit for reading all
+        file.truncate((1 << 26) + 4096)
+    before, start = convert_weights.fingerprint(large), time.perf_counter()
+    with open(large, "r+b") as file:
+        file.seek(1 << 25)
+        file.write(bytes(range(256)) * 512)       # 128 KB in the middle
+    assert convert_weights.fingerprint(large) != before
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("options, good, bad", [
+    ({"low": 1, "high": 8, "kind": int}, ["1", "8"], ["0", "9", "2.5", "x", "", "1e3"]),
+    ({"above": 0}, ["1e-9", "7"], ["0", "-1", "nan", "inf"]),
+    ({}, ["-3", "1e30"], ["nan", "inf", "1e999"]),
+])
+def test_numbers_of_options(options, good, bad):
+    parser = convert_weights.Parser()
+    parser.add_argument("--x", type=convert_weights.number(**options))
+    for text in good:
+        assert parser.parse_args([f"--x={text}"]).x == float(text)
+    for text in bad:
+        with pytest.raises(UserError, match="--x"):
+            parser.parse_args([f"--x={text}"])
 
 
 def test_check_command(tmp_path, monkeypatch):
-    result = run("convert_weights.py", "--check", TINY)
-    assert refused(result, "16 of 16 files", "transformer/config.json (wrong)", "text_encoder/model-00001-of-00003.safetensors (missing)")
-    assert len([line for line in result.stdout.splitlines() if line.split()[0] in ("wrong", "missing")]) == 16
-    assert refused(run("convert_weights.py", "--check", tmp_path / "nowhere"), "is not a directory")
+    result = run_here(convert_weights.main, "--check", TINY)
+    assert refused(result, "16 of 16 files", "transformer/config.json (wrong)",
+                   "text_encoder/model-00001-of-00003.safetensors (missing)")
+    states = [line.split()[0] for line in result.stdout.splitlines()]
+    assert len(states) == 16 and set(states) == {"wrong", "missing"}
+    assert refused(run_here(convert_weights.main, "--check", tmp_path / "nowhere"), "nowhere")
     # The real list, checked on the one file of the release that is here.
+    name = "tokenizer/tokenizer.json"
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.json").write_bytes(lzma.decompress((DATA / "qwen3_tokenizer.json.xz").read_bytes()))
-    assert dict(convert_weights.check_release(tmp_path))["tokenizer/tokenizer.json"] == "ok"
-    monkeypatch.setattr(convert_weights, "OFFICIAL_MD5", {"tokenizer/tokenizer.json": convert_weights.OFFICIAL_MD5["tokenizer/tokenizer.json"]})
-    assert convert_weights.check_release(tmp_path) == [("tokenizer/tokenizer.json", "ok")]
+    (tmp_path / name).write_bytes(lzma.decompress((DATA / "qwen3_tokenizer.json.xz").read_bytes()))
+    assert dict(convert_weights.check_release(tmp_path))[name] == "ok"
+    monkeypatch.setattr(convert_weights, "OFFICIAL_MD5", {name: convert_weights.OFFICIAL_MD5[name]})
+    assert convert_weights.check_release(tmp_path) == [(name, "ok")]

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,13 +42,19 @@ def start(words):
                             stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_write(out, process, seconds=60):
-    """Waits until a checkpoint is being written."""
-    end = time.time() + seconds
-    while time.time() < end and process.poll() is None:
-        if list(out.glob("checkpoints/.part-*")) or list(out.glob("student/.part-*")):
-            return
+def wait_for(files, process, seconds=180):
+    """Waits until files() has something new, such as the pictures of another checkpoint."""
+    before, end = set(files()), time.time() + seconds
+    while time.time() < end and process.poll() is None and set(files()) <= before:
         time.sleep(0.001)
+
+
+def pictures(out):
+    return list(out.glob("samples/*.png"))
+
+
+def half_written(out):
+    return [*out.glob("checkpoints/.part-*"), *out.glob("student/.part-*")]
 
 
 def newest(out):
@@ -94,17 +101,17 @@ def main():
     prompts = args.out / "prompts.txt"
     prompts.write_text("a cat\na dog\na fox\n")
     whole, killed = args.out / "whole", args.out / "killed"
-    began = time.time()
     start(command(whole, *options(prompts, args.iterations))).wait()
-    duration, kills, faults, rng = time.time() - began, 0, [], random.Random(args.seed)
+    kills, faults, rng = 0, [], random.Random(args.seed)
     words = command(killed, *options(prompts, args.iterations))
     while kills < args.kills:
         process = start(words)
+        wait_for(partial(pictures, killed), process)          # it has gone on
         if kills % 2:
-            wait_for_write(killed, process)
-            time.sleep(rng.random() * 0.2)
+            wait_for(partial(half_written, killed), process)
+            time.sleep(rng.random() * 0.3)
         else:
-            time.sleep(2 + rng.random() * min(duration, 20))
+            time.sleep(rng.random() * 5)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1

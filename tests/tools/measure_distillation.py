@@ -19,6 +19,7 @@ from convert_weights import UserError, run_command
 from model import DiT, DiTConfig, Text
 
 GB = 1e9
+SMALL = DiTConfig(dim=192, n_heads=6, n_layers=5, cap_feat_dim=96, axes_dims=(8, 12, 12))
 
 
 def make_options(device, **changes):
@@ -81,34 +82,39 @@ def seconds_of(function, device, repeats):
 
 
 def measure_full(args):
-    device = torch.device("cuda")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, LoRA {args.rank}, batch "
-          f"{args.batch}, bfloat16, random weights of the release's size", flush=True)
+    device = torch.device("cpu" if args.trial else "cuda")
+    config = SMALL if args.trial else DiTConfig(n_layers=args.layers)
+    card = "CPU, a trial with small networks" if args.trial else torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}, LoRA {args.rank}, batch {args.batch}")
     print("| pixels | checkpointed activations | peak memory, GB | seconds an iteration |")
     print("|---|---|---|---|", flush=True)
     for checkpointed in (True, False):
-        dit = random_dit(DiTConfig(n_layers=args.layers), device, torch.bfloat16)
+        dit = random_dit(config, device, torch.float32 if args.trial else torch.bfloat16)
         options = make_options(device, lora=args.rank, checkpoint_activations=checkpointed)
         nets = make_nets(dit, options, device)
         for size in args.sizes:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            text, null_text, noise = make_batch(dit.config, device, size, args.batch)
-            generator, times = torch.Generator().manual_seed(0), []
             try:
-                for _ in range(args.iterations):
-                    start = time.perf_counter()
-                    distill.training_step(
-                        nets, text, null_text, noise, distill.Settings(), generator)
-                    synchronize(device)
-                    times.append(time.perf_counter() - start)
-                peak = f"{torch.cuda.max_memory_allocated() / GB:.1f}"
-                seconds = " ".join(f"{t:.2f}" for t in times)
+                peak, times = measure_steps(nets, make_batch(config, device, size, args.batch),
+                                            device, args.iterations)
+                row = f"{peak:.1f} | {' '.join(f'{t:.2f}' for t in times)}"
             except torch.OutOfMemoryError:
-                peak, seconds = "out of memory", ""
-            kept = "yes" if checkpointed else "no"
-            print(f"| {size} | {kept} | {peak} | {seconds} |", flush=True)
+                row = "out of memory |"
+            print(f"| {size} | {'yes' if checkpointed else 'no'} | {row} |", flush=True)
         del nets, dit
+
+
+def measure_steps(nets, batch, device, iterations):
+    """-> peak memory in GB (0 on a CPU), seconds of each iteration."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    generator, times = torch.Generator().manual_seed(0), []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        distill.training_step(nets, *batch, distill.Settings(), generator)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return (torch.cuda.max_memory_allocated() / GB if device.type == "cuda" else 0.0), times
 
 
 # --- An iteration against its passes alone ------------------------------------------------------
@@ -120,8 +126,7 @@ def measure_overhead(args):
     print("| network | trained | batch | iteration, s | its passes alone, s | ratio |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, config, batch, size in (
-            ("bundled", DiTConfig(dim=192, n_heads=6, n_layers=5, cap_feat_dim=96,
-                                  axes_dims=(8, 12, 12)), 16, 128),
+            ("small", SMALL, 16, 64),
             ("mid-sized", DiTConfig(dim=768, n_heads=12, n_layers=8, cap_feat_dim=512,
                                     axes_dims=(16, 24, 24)), 2, 256)):
         for rank in (None, 16):
@@ -207,9 +212,10 @@ def main():
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="pixels")
     parser.add_argument("--layers", type=int, default=30, help="fewer: a trial on a small GPU")
+    parser.add_argument("--trial", action="store_true", help="full: small networks on the CPU")
     args = parser.parse_args()
-    if args.what == "full" and not torch.cuda.is_available():
-        raise UserError("full needs a GPU")
+    if args.what == "full" and not (args.trial or torch.cuda.is_available()):
+        raise UserError("full needs a GPU; --trial tries the script without one")
     {"overhead": measure_overhead, "full": measure_full, "table": print_table}[args.what](args)
 
 

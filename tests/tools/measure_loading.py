@@ -1,75 +1,115 @@
-"""Peak memory and time of loading and converting a large checkpoint. Run by hand; needs 8 GB of disk:
+"""Seconds and memory of loading and converting checkpoints of the release's sizes.
 
-    python tests/measure_loading.py
+    python tests/tools/measure_loading.py SCRATCH [--sparse] [--diffusers]
 
-Makes a DiT of 2.5 GB in float32 in the official layout (three shards of random bits), then, each in a process of its own,
-loads it as bfloat16 and converts it to our layout and back. The promise: peak resident memory at most
-the loaded weights, the largest tensor and 1 GB.
+Makes them in SCRATCH first (make_synthetic.py; 33 GB, none with --sparse) and keeps them. Each case
+runs in a process of its own. Own memory is what the system cannot give back (RssAnon, highest
+value), mapped is what it can (RssFile, at the end).
 """
 
-import json
-import shutil
+import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+
+# Prefix of every case: import torch first, so that its time does not count.
+START = """
+import sys, threading, time
 import torch
+sys.path.append({root!r})
+start, highest = time.perf_counter(), 0
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-TINY = ROOT / "tests" / "data" / "tiny"
+def status(name):
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1e6
 
-import convert_weights  # noqa: E402
-from model import DiTConfig  # noqa: E402
+def watch():
+    global highest
+    while True:
+        highest = max(highest, status("RssAnon"))
+        time.sleep(0.02)
 
-CONFIG = DiTConfig(dim=1920, n_heads=15, n_layers=12, n_refiner_layers=1, cap_feat_dim=32)
-
-
-def make_checkpoint(folder):
-    """The tiny checkpoint with a transformer of CONFIG in it. -> (bytes, bytes of the largest tensor)"""
-    shutil.copytree(TINY, folder)
-    shutil.rmtree(folder / "transformer")
-    pieces = convert_weights.build_pieces("dit", CONFIG)
-    (folder / "transformer").mkdir()
-    convert_weights.write_json(folder / "transformer/config.json", convert_weights.official_config("dit", CONFIG))
-    weight_map = {}
-    for i in range(3):
-        shard, name = pieces[i::3], f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
-        convert_weights.write_safetensors(folder / "transformer" / name, {p.official: (p.shape, torch.float32) for p in shard},
-                                          ((p.official, 0, torch.randn(p.shape)) for p in shard))
-        weight_map.update({p.official: name for p in shard})
-    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    sizes = [torch.Size(p.shape).numel() * 4 for p in pieces]
-    return sum(sizes), max(sizes)
+before = status("RssAnon")
+threading.Thread(target=watch, daemon=True).start()
+"""
+END = """
+seconds = time.perf_counter() - start
+print(f"{seconds:8.2f} s   own {max(highest, status('RssAnon')) - before:6.2f} GB"
+      f"   mapped {status('RssFile'):6.2f} GB")
+"""
+LOAD = "import convert_weights as c\nnets = [{calls}]\n"
 
 
-def peak_of(code):
-    """Runs Python code in a process of its own -> (peak resident bytes, seconds)."""
-    start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", code + "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"],
-                            cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
-    return int(result.stdout.split()[-1]) * 1024, time.perf_counter() - start
+def run(name, code):
+    """Runs a case in a process of its own."""
+    command = [sys.executable, "-c", START.format(root=str(ROOT)) + code + END]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    print(f"{name:58}{lines[-1] if lines else result.returncode}", flush=True)
+
+
+def make(folder, *options):
+    if not folder.exists():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / "tests/tools/make_synthetic.py", folder, *options],
+                       check=True, stderr=subprocess.DEVNULL)
+        print(f"made {folder} in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def cases(official, comfy, lora, scratch, with_diffusers):
+    """(name, code) of everything that is measured."""
+    bfloat16 = "dtype=torch.bfloat16"
+    encoder = f"c.load_text_encoder({str(official / 'text_encoder')!r}, {bfloat16})"
+    dit = f"c.load_dit({str(official / 'transformer')!r}, {bfloat16})"
+    vae = f"c.load_vae({str(official / 'vae')!r})"
+    single = f"c.load_dit({str(comfy / 'z_image.safetensors')!r}, {bfloat16}"
+    yield "official directory, bfloat16", LOAD.format(calls=", ".join([encoder, dit, vae]))
+    yield "DiT of the official directory", LOAD.format(calls=dit)
+    yield "DiT in one file, ComfyUI's names", LOAD.format(calls=single + ")")
+    adapters = f", adapters=[({str(lora)!r}, 1.0)])"
+    yield "the same with a LoRA of rank 32 on all blocks", LOAD.format(calls=single + adapters)
+    yield "text encoder as float32", LOAD.format(calls=encoder.replace("bfloat16", "float32"))
+    yield "DiT to int8 on disk (convert)", (
+        f"import convert_weights as c, pathlib\n"
+        f"net = c.open_network('dit', {str(official / 'transformer')!r})\n"
+        f"c.write_network(net, pathlib.Path({str(scratch / 'int8.safetensors')!r}), 'ours', {{}}, "
+        f"'int8')\n")
+    if with_diffusers:
+        yield "diffusers: transformer, bfloat16", (
+            "from diffusers import ZImageTransformer2DModel\n"
+            f"net = ZImageTransformer2DModel.from_pretrained({str(official / 'transformer')!r}, "
+            "torch_dtype=torch.bfloat16)\n")
+        yield "diffusers: the whole pipeline, bfloat16", (
+            "from diffusers import ZImagePipeline\n"
+            f"net = ZImagePipeline.from_pretrained({str(official)!r}, "
+            "torch_dtype=torch.bfloat16)\n")
+        yield "diffusers: DiT in one file", (
+            "from diffusers import ZImageTransformer2DModel\n"
+            f"net = ZImageTransformer2DModel.from_single_file("
+            f"{str(comfy / 'z_image.safetensors')!r}, config={str(official)!r}, "
+            "subfolder='transformer', torch_dtype=torch.bfloat16)\n")
 
 
 def main():
-    with tempfile.TemporaryDirectory() as scratch:
-        source, ours, official = (Path(scratch) / name for name in ("source", "ours", "official"))
-        stored, largest = make_checkpoint(source)
-        print(f"stored {stored / 1e9:.2f} GB in float32, largest tensor {largest / 1e9:.3f} GB")
-        limit = {"import torch alone": None, "load as bfloat16": stored / 2 + largest + 1e9, "convert to ours": largest + 1e9,
-                 "convert to ours as bfloat16": largest + 1e9, "convert to official": largest + 1e9}
-        for what, code in {
-            "import torch alone": "import convert_weights",
-            "load as bfloat16": f"import torch, convert_weights as c; c.load_dit({str(source / 'transformer')!r}, dtype=torch.bfloat16)",
-            "convert to ours": f"import convert_weights as c; c.convert({str(source)!r}, {str(ours)!r})",
-            "convert to ours as bfloat16": f"import torch, convert_weights as c; c.convert({str(source)!r}, {str(ours) + '16'!r}, dtype=torch.bfloat16)",
-            "convert to official": f"import convert_weights as c; c.convert({str(ours)!r}, {str(official)!r}, to='official')",
-        }.items():
-            peak, seconds = peak_of(code)
-            promise = f", promised {limit[what] / 1e9:.2f} GB: {'kept' if peak <= limit[what] else 'BROKEN'}" if limit[what] else ""
-            print(f"{what:30} peak {peak / 1e9:.2f} GB in {seconds:.0f} s{promise}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases with this in the name")
+    args = parser.parse_args()
+    sparse = ["--sparse"] if args.sparse else []
+    official, comfy, lora = (args.scratch / name for name in ("official", "comfy", "lora"))
+    make(official, *sparse)
+    make(comfy, "--layout", "comfy", *sparse)
+    make(lora, "--lora", "32")
+    adapter = lora / "lora.safetensors"
+    for name, code in cases(official, comfy, adapter, args.scratch, args.diffusers):
+        if args.only in name:
+            run(name, code)
+    (args.scratch / "int8.safetensors").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

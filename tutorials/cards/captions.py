@@ -54,8 +54,47 @@ def caption(scene, rng, language=None, drop=1 / 3):
     """
     names = named(scene, rng, drop)
     if (language or pick(rng, ("en", "zh"))) == "en":
-        return english(names, rng) + ("." if rng.random() < 0.06 else "")
-    return chinese(names, rng) + ("。" if rng.random() < 0.06 else "")
+        text, opening, end = reworded(english(names, rng), rng), pick(rng, ENGLISH_OPENINGS), "."
+    else:
+        text, opening, end = reworded(chinese(names, rng), rng), pick(rng, CHINESE_OPENINGS), "。"
+    if rng.random() < 0.06 and len(names) < 5 and text.startswith(("a ", "an ", "一")):
+        text = opening + text
+    return text + (end if rng.random() < 0.06 else "")
+
+
+# Other words for the same, now and then: users will not know the ones above.
+SYNONYMS = {
+    "big": ("large", "huge"), "small": ("little", "tiny"), "below": ("under", "beneath"),
+    "above": ("over", "on top of"), "card": ("background",), "with the word": ("that says",),
+    "in the middle": ("in the center",), "by the sea": ("at the beach", "by the ocean"),
+    "at night": ("in the night sky", "under the stars"),
+    "under a blue sky": ("in the sky", "in the blue sky"), "in the snow": ("in winter",),
+    "in green hills": ("in the mountains", "in the hills"),
+    "rabbit": ("bunny",), "cat": ("kitten",), "dog": ("puppy",), "hamburger": ("burger",),
+    "sailboat": ("boat",), "gift": ("present",), "rocket": ("spaceship",), "dinosaur": ("dino",),
+    "写着": ("写有", "写"), "卡片": ("背景",), "上面": ("上方", "上边"), "下面": ("下方", "下边"),
+    "小小的": ("很小的",), "大大的": ("很大的", "巨大的"), "中间": ("中央",), "左边": ("左侧",),
+    "右边": ("右侧",), "海边": ("海滩上", "大海前"), "夜空下": ("夜晚", "星空下"),
+    "雪地里": ("雪地上",), "蓝天下": ("天空下",), "青山前": ("山坡上",), "沙漠里": ("沙漠中",),
+    "猫咪": ("猫", "小猫"), "小狗": ("狗",), "小猪": ("猪",), "兔子": ("小兔",), "汽车": ("车",),
+    "帆船": ("船", "小船"), "雨伞": ("伞",), "汉堡": ("汉堡包",)}
+ENGLISH_OPENINGS = ("a picture of ", "draw ", "a photo of ")
+CHINESE_OPENINGS = ("画", "请画")
+
+
+def alternatives(words):
+    """A regular expression for any of the words, the longest that fits."""
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+
+
+SYNONYM = re.compile(rf"\b(?:{alternatives(w for w in SYNONYMS if w.isascii())})\b|"
+                     rf"(?:{alternatives(w for w in SYNONYMS if not w.isascii())})")
+
+
+def reworded(text, rng):
+    """The text with one word in eight that has synonyms replaced by one of them."""
+    return SYNONYM.sub(lambda found: pick(rng, SYNONYMS[found[0]]) if rng.random() < 1 / 8
+                       else found[0], text)
 
 
 def article(words):
@@ -197,11 +236,6 @@ ALIASES = {                        # further names of things
 NAMES = ALIASES | {name: name for name in THINGS} | {THINGS[name][0]: name for name in THINGS}
 
 
-def alternatives(words):
-    """A regular expression for any of the words, the longest that fits."""
-    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-
-
 _LATIN_NAMES = alternatives(name for name in NAMES if name.isascii())
 _CHINESE_NAMES = alternatives(name for name in NAMES if not name.isascii())
 THING = re.compile(rf"\b({_LATIN_NAMES})(?:e?s)?\b|({_CHINESE_NAMES})")
@@ -215,18 +249,24 @@ CARD = re.compile(rf"(?:\bon )?(?:\b(?:a|an|the) )?({_COLOR})(?:[ -]colou?red)?"
 _PREPOSITION = r"(?:\b(?:in front of|under|in|at|by|on|near|over) )?(?:\b(?:a|an|the) )?"
 LANDSCAPE_WORDS = {                # in this order: a night sky is no blue sky
     "night": r"(?:night sky|night|starry sky|stars)\b|夜空下?|夜晚|夜里|晚上|星空下?",
-    "snow": r"(?:snow|snowy \w+|winter)\b|雪地里?|雪地上?|雪中|雪景",
-    "sea": r"(?:sea|seaside|ocean|beach|shore)\b|海边|海滩|大海[前边]?|海",
+    "snow": r"(?:snow|snowy \w+|winter)\b|雪地[里上]?|雪中|雪景",
+    "sea": r"(?:sea|seaside|ocean|beach|shore)\b|海边|海滩上?|大海[前边]?|海",
     "desert": r"(?:sand )?(?:desert|dunes)\b|沙漠[里中]?",
     "hills": r"(?:green )?(?:hills?|mountains?|meadow)\b|青山前?|山坡上?|山前|群山",
     "sky": r"(?:blue )?(?:sky|clouds)\b|蓝天下?|天空下?|天上"}
-ABOVE = r"\babove\b|\bover\b|\bat the top\b|\bon top\b|上面|上方|上边|顶部|之上"
+ABOVE = r"\babove\b|\bover\b|\bat the top\b|\bon top(?: of)?\b|上面|上方|上边|顶部|之上"
 BELOW = r"\bbelow\b|\bunder\b|\bunderneath\b|\bbeneath\b|\bat the bottom\b|下面|下方|下边|底部|之下"
 MARK = "§"                         # stands for the word, once that has been taken out
 
 
+# Chinese phrases that are no words to write: those of captions, and others like them.
+KNOWN = re.compile(alternatives((
+    *CHINESE_COLORS.values(), *PLACES.values(), *SIDES.values(), *SIZES.values(), "卡片", "正中",
+    *(phrase for _, phrase in LANDSCAPES.values()), "星空", "大海", "大号", "小号", "雪景", "雪中",
+    *(word for key, words in SYNONYMS.items() for word in words if key not in ("写着",)
+      and not word.isascii()))))
 # The article of `A panda ...` is no word; the letter of `A in red above a panda` is one.
-FIRST_ARTICLE = r"^\s*A (?=[a-z])(?!(?:in|and|above|below|at|on|under|by)\b)"
+FIRST_ARTICLE = r"^\s*A (?=[A-Z]?[a-z])(?!(?:in|and|above|below|at|on|under|by)\b)"
 
 
 def spellable(word):
@@ -247,10 +287,8 @@ def take_word(text):
         # Known names are covered first: what is left of Chinese text after a word that announces
         # writing is what should be written.
         covered = THING.sub(lambda match: "T" * len(match[0]), text)
-        for known in (*CHINESE_COLORS.values(), *PLACES.values(), *SIDES.values(), *SIZES.values(),
-                      *(phrase for _, phrase in LANDSCAPES.values()), "卡片"):
-            covered = covered.replace(known, "#" * len(known))
-        announced = rf"(?:(?<=[写着是的字和词了方面，, #])|^)([{HANZI}]{{1,3}})(?![{HANZI}T的])"
+        covered = KNOWN.sub(lambda match: "#" * len(match[0]), covered)
+        announced = rf"(?:(?<=[写着有是的字和词了方面，, #])|^)([{HANZI}]{{1,3}})(?![{HANZI}T的])"
         runs = list(re.finditer(announced, covered))
     if not runs:
         return None, text
@@ -277,9 +315,9 @@ def find_place(text):
     if not found:
         return None
     above = found[1] is not None
-    # `a panda above the word X` and “X”下面是熊猫 tell the thing's place: the word's is the other.
+    # `a panda above the word X` and “X”下面是熊猫 tell where the thing is.
     noun = r"(?:word|letter|number|character|text)"
-    turned = re.search(rf"\b(?:above|over|below|under|underneath|beneath) (?:(?:the|a|an) )?"
+    turned = re.search(r"\b(?:above|over|on top of|below|under|underneath|beneath) (?:(?:the|a) )?"
                        rf"(?:(?:{_COLOR}) )?(?:{noun} )?{MARK}", text)
     turned = turned or re.search(rf"{MARK}的?(?:{ABOVE}|{BELOW})", text)
     return "above" if above != bool(turned) else "below"
@@ -338,7 +376,7 @@ a an the and in on with at by under it them card word letter number character wr
 above below left right middle top bottom small big blue green sky sea hills night snow desert
 """.split()
 CHINESE_PIECES = """
-卡片 卡片上 写着 一张 上面 下面 上方 下方 左边 右边 中间 小小的 大大的 有 在 是 的 和 字
+卡片 卡片上 背景上 写着 一张 上面 下面 上方 下方 左边 右边 中间 小小的 大大的 有 在 是 的 和 字
 一只 一个 一辆 一艘 一把 一座 一朵 ， 。 “ ”
 """.split()
 TEMPLATE_PIECES = ["user\n", "assistant\n"]       # of the chat template
@@ -350,18 +388,21 @@ def vocabulary():
 
     Every capital, every digit and every Chinese character that words are made of is among them.
     """
+    others = [word for words in SYNONYMS.values() for phrase in words for word in phrase.split()]
+    openings = " ".join((*ENGLISH_OPENINGS, *CHINESE_OPENINGS)).split()
     pieces = [*TEMPLATE_PIECES, *CHARACTERS, *ENGLISH_PIECES, *THINGS, *COLORS, *INKS,
               *CHINESE_PIECES, *CHINESE_COLORS.values(),
               *(name for name, _ in THINGS.values()),
-              *(phrase for _, phrase in LANDSCAPES.values())]
+              *(phrase for _, phrase in LANDSCAPES.values()), *others, *openings]
     return list(dict.fromkeys(pieces))
 
 
 def build_tokenizer():
     """A tokenizers.Tokenizer: one token for each piece of the vocabulary, bytes for the rest.
 
-    Spaces only separate. A capital letter before small ones is read as a small one, so `Panda` is
-    `panda`; unknown words fall into letters: `love` becomes l, o, v, e.
+    Spaces only separate. A capital letter before small ones is read as a small one: `Panda` is
+    `panda`. Letters in quotation marks are read as capitals: `"love"` is `"LOVE"`. Unknown words
+    fall into letters.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -373,10 +414,13 @@ def build_tokenizer():
     ids = {token: number for number, token in enumerate(tokens)}
     # No merges: a piece that is in the vocabulary is one token, any other falls into its bytes.
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
-    lower = [normalizers.Replace(Regex(rf"(?<=user\n){FIRST_ARTICLE[4:]}"), "a ")]
-    lower += [normalizers.Replace(Regex(f"{letter}(?=[a-z])"), letter.lower())
-              for letter in LETTERS]
-    tokenizer.normalizer = normalizers.Sequence(lower)
+    rules = [(f"{letter}(?=[a-z])", letter.lower()) for letter in LETTERS]
+    rules.append((FIRST_ARTICLE.replace(r"^\s*", r"(?<=user\n)"), "a "))
+    # The rest of the text holds one quotation mark, or three: the letter stands inside of two.
+    inside = r'(?=[A-Za-z ]*(?:”|"[^"]*(?:"[^"]*"[^"]*)*$))'
+    rules += [(letter.lower() + inside, letter) for letter in LETTERS]
+    rules = [normalizers.Replace(Regex(pattern), text) for pattern, text in rules]
+    tokenizer.normalizer = normalizers.Sequence(rules)
     words = alternatives(piece for piece in pieces if len(piece) > 1 and not piece.isascii())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(" ", "removed"),

@@ -60,6 +60,7 @@ def sprite(thing, size, tilt=0):
     side = round(size * (SPRITE + 24) / SPRITE) | 1
     planes = [plane.rotate(tilt, Image.BICUBIC) for plane in planes]
     planes = np.stack([scaled(np.asarray(plane), (side, side)) for plane in planes])
+    planes[:3] = np.minimum(planes[:3], planes[3])         # no brighter than its share of light
     planes[3] /= 255
     used = np.flatnonzero(planes[3].max(0) + planes[3].max(1) > 0.01)
     margin = min(used[0], side - 1 - used[-1])
@@ -278,7 +279,7 @@ def draw_hills(rng):
 def draw_night(rng):
     image = sky((18, 20, 62), (58, 52, 116))
     dots(image, rng, 30, 0.7, (255, 250, 230))
-    y, x = rng.uniform(14, 66), rng.uniform(14, 114)
+    y, x = rng.uniform(54, 68), rng.uniform(14, 114)      # not under the word
     paste(image, y, x, disc(16, 20) * np.float32(0.25), (200, 200, 240))
     paste(image, y, x, disc(9), (252, 240, 200))
     ridge(image, rng, rng.uniform(106, 116), 5, (26, 24, 58), (16, 16, 40))
@@ -308,7 +309,7 @@ def draw_desert(rng):
     image = sky((246, 134, 104), (255, 208, 150))
     base = rng.uniform(62, 76)
     y, x = base - rng.uniform(14, 40), rng.uniform(16, 112)
-    paste(image, y, x, disc(10), (255, 238, 190))
+    paste(image, y, x, disc(10), (250, 98, 66))
     ridge(image, rng, base, 6, (240, 178, 104), (222, 150, 80))
     ridge(image, rng, base + 22, 7, (226, 156, 84), (196, 120, 62))
     return image

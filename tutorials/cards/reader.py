@@ -86,11 +86,12 @@ def windows_of(planes, size, rows, columns):
 
 
 def fit(windows, ground, sprites):
-    """Windows (n, 3, k, k) of the picture and of the bare ground -> two arrays (n, sprites).
+    """Windows (n, 3, k, k) of the picture and of the bare ground -> three arrays (n, sprites).
 
-    The first is the share of what differs from the ground that each sprite explains: 1 is the
-    sprite and nothing else, below 0 the bare ground is a better guess. The second is the
-    normalized correlation of window and sprite, over the sprite's own pixels.
+    Each sprite's gain is the fall of the squared error, over the sprite's own pixels, where it
+    takes the place of the bare ground. The share explained is the gain over all there is to
+    explain in the window: 1 is the sprite and nothing else. Last the normalized correlation of
+    window and sprite.
     """
     flat = windows.reshape(len(windows), -1)
     total = windows.sum(1).reshape(len(windows), -1) @ sprites.alpha.T
@@ -101,12 +102,12 @@ def fit(windows, ground, sprites):
     # Bright spots beside the sprite, as the moon, count no more than others.
     beside = np.minimum(difference, 60.0 ** 2)
     beside = beside.sum(1, keepdims=True) - beside @ sprites.alpha.T
-    # The fall of the squared error over the sprite's pixels, over all there is to explain.
     gain = inside - square + 2 * product - sprites.energy
     explained = gain / (inside + beside + 50 * sprites.alpha.shape[1])
     spread = np.sqrt(np.maximum(square - total ** 2 / (3 * sprites.alpha.sum(1)), 1e-6))
     spread = np.maximum(spread, 0.2 * sprites.deviation)
-    return explained, (product - sprites.mean * total) / (sprites.deviation * spread)
+    correlation = (product - sprites.mean * total) / (sprites.deviation * spread)
+    return gain, explained, correlation
 
 
 def ground_of(planes):
@@ -145,7 +146,8 @@ class Search:
         windows = windows_of(shrink(self.planes, 2), size, rows, columns)
         ground = windows_of(shrink(self.ground, 2), size, rows, columns)
         things = tuple(world.THINGS)
-        scores = sum(fit(windows, ground, bank(things, tuple(COARSE), 4)))
+        _, explained, correlation = fit(windows, ground, bank(things, tuple(COARSE), 4))
+        scores = explained + correlation
         scores = scores.reshape(len(rows), len(columns), len(things), len(COARSE)).max(-1)
         self.rows, self.columns = 4 * rows + REACH - PAD, 4 * columns + REACH - PAD
         self.scores = scores                                  # (rows, columns, things)
@@ -168,9 +170,9 @@ class Search:
         windows = windows_of(self.planes, size, rows, columns)
         ground = windows_of(self.ground, size, rows, columns)
         sprites = bank((thing,), tuple(range(len(POSES))), 2)
-        explained, correlation = fit(windows, ground, sprites)
-        best = (explained + correlation).argmax()
-        place, pose = np.unravel_index(best, explained.shape)
+        gain, explained, correlation = fit(windows, ground, sprites)
+        best = gain.argmax()
+        place, pose = np.unravel_index(best, gain.shape)
         y, x = rows[place // len(near)], columns[place % len(near)]
         return Found(thing, int(2 * x + REACH - PAD), int(2 * y + REACH - PAD), POSES[pose][0],
                      float(correlation.flat[best]), float(explained.flat[best]))

@@ -1,0 +1,1078 @@
+"""What is in a file: tensors, quantized or not; adapters; configurations; tokenizers.
+
+Nothing here knows which tensor is which; that is the matter of convert_weights.py. The headers are
+read here, not by the safetensors package: a row range of a tensor is mapped by itself, GGUF takes
+the same way, and a damaged file ends in one sentence.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import warnings
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig
+
+# --- Files: headers of safetensors and GGUF; tensors are mapped ---------------------------------
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")       # that are numbers as they stand
+
+# GGUF's types by number: name, numbers in a block, bytes of a block. Its values: struct's letters.
+GGUF_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
+}
+GGUF_VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+
+NOT_A_MODEL = {       # how files begin that are taken for a checkpoint
+    b"PK": "a zip or PyTorch pickle file, which can run code; get a .safetensors file",
+    b"\x80": "a PyTorch pickle file, which can run code; get a .safetensors file",
+    b"<": "a web page; download the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS; download the file itself",
+}
+ADVICE = "use the bfloat16 file of the same model; sampler.py --weights fp8 halves it when loading"
+REFUSED = {           # names that tell formats and models that this project does not read
+    r"\.(qweight|wscales|proj_down|smooth_factor)$|attention\.to_qkv\.":
+        f"is quantized for nunchaku; {ADVICE}",
+    r"\.(zero_point|svd_up|svd_down)$": f"is quantized by SDNQ; {ADVICE}",
+    r"\.(absmax|quant_map|SCB)$|\.quant_state\.": f"is quantized by bitsandbytes; {ADVICE}",
+    r"\._(data|scale)$": f"is quantized by quanto; {ADVICE}",
+    r"\.(scales|biases)$": f"is quantized for MLX; {ADVICE}",
+    r"encoded_exponent|sign_mantissa": f"is compressed by DFloat11; {ADVICE}",
+    r"pre_quant_scale$": f"is quantized with smoothed inputs; {ADVICE}",
+    r"^control_": "is a ControlNet, which this project does not run",
+    r"siglip": "is Z-Image-Omni or Z-Image-Edit, which this project does not run",
+    r"t_embedder_2\.": "is TwinFlow, which this project does not run",
+    r"local_decoder\.|dec_net\.": "works on pixels, not latents, which this project does not run",
+    r"clip_text_pooled_proj": "is NewBie, not Z-Image",
+    r"visual\.": "is Qwen3-VL; Z-Image uses Qwen3-4B",
+    r"quant_conv\.": "has the VAE of Stable Diffusion; Z-Image uses the one of Flux",
+    r"^decoder\.layers\.": "is a TAESD preview decoder; Z-Image uses the VAE of Flux",
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, as the header describes it, with what a quantized one needs besides."""
+    file: Path
+    name: str
+    kind: str         # of numbers, in the file's own words: "BF16", "F8_E4M3", "Q4_K"
+    shape: tuple
+    start: int        # of its bytes in the file
+    size: int         # number of bytes
+    format: str = "plain"             # or "gguf", or one of ComfyUI's, see FORMATS
+    scales: tuple = (None, None)      # Stored, of ComfyUI's formats
+    group: int = 0                    # columns that are rotated together
+
+    @property
+    def dtype(self):
+        """The dtype of what it says: its own, or bfloat16 where it is quantized."""
+        return DTYPES[self.kind] if self.kind in PLAIN[:4] else torch.bfloat16
+
+
+def read(stored, first=0, rows=None):
+    """Rows of a stored tensor, mapped (None: all). Of quantized GGUF its bytes: (rows, bytes)."""
+    dtype, shape, start, size = DTYPES.get(stored.kind), stored.shape, stored.start, stored.size
+    if dtype is None:
+        dtype, shape = torch.uint8, (math.prod(shape[:-1]), size // max(math.prod(shape[:-1]), 1))
+    if rows is not None and shape and rows != shape[0]:
+        size = size // shape[0] * rows
+        start, shape = start + size // rows * first, (rows, *shape[1:])
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    data = map_bytes(stored.file, start, size)
+    if start % dtype.itemsize:                # not every program aligns
+        data = data.clone()
+    return data.view(dtype).view(shape)
+
+
+def map_bytes(path, start, size):
+    """Bytes of a file as a mapped uint8 tensor (size,).
+
+    Writing to it copies a page and leaves the file as it is. Where the system does not promise
+    memory for that, the mapping is read-only, and writing to it would end the process.
+    """
+    before = start % mmap.ALLOCATIONGRANULARITY
+    place = {"length": before + size, "offset": start - before}
+    try:
+        with open(path, "rb") as file:
+            try:
+                data = mmap.mmap(file.fileno(), access=mmap.ACCESS_COPY, **place)
+            except OSError:
+                data = mmap.mmap(file.fileno(), access=mmap.ACCESS_READ, **place)
+    except (OSError, ValueError) as error:    # ValueError: the file has become shorter
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8, count=size, offset=before)
+
+
+def open_files(files):
+    """The tensors of several files together: {name: Stored}, metadata."""
+    tensors, metadata = {}, {}
+    for path in files:
+        found, more = read_header(path)
+        for name in tensors.keys() & found.keys():
+            raise UserError(f"{name} is in both {tensors[name].file} and {path}")
+        tensors.update(found)
+        metadata.update(more)
+    return tensors, metadata
+
+
+def read_header(path):
+    """The header of a safetensors or GGUF file: {name: Stored}, metadata."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or no file")
+    with open(path, "rb") as file:
+        beginning = file.read(32)
+    reader = {b"GGUF": read_gguf}.get(beginning[:4])
+    if beginning[8:9] == b"{":
+        reader = read_safetensors
+    try:
+        if reader:
+            return reader(path)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            struct.error) as error:
+        raise UserError(f"{path} is not complete, or damaged: {error}") from None
+    for start, what in NOT_A_MODEL.items():
+        if beginning.startswith(start):
+            raise UserError(f"{path} is {what}")
+    raise UserError(f"{path} is no complete safetensors or GGUF file")
+
+
+def read_safetensors(path):
+    """Length of the header (8 bytes), the header in JSON, tensors without gaps."""
+    with open(path, "rb") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        file_size = file.seek(0, os.SEEK_END)
+        if length > min(file_size - 8, 100_000_000):
+            raise ValueError("the header is cut short")
+        file.seek(8)
+        header = json.loads(file.read(length), object_pairs_hook=unique)
+    metadata = dict(header.pop("__metadata__", None) or {})
+    tensors, end = {}, 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2 ** 48 for n in [*shape, first]):
+            raise ValueError(f"{name} has an impossible shape")
+        size = math.prod(shape) * DTYPES[kind].itemsize if kind in DTYPES else last - first
+        if 8 + length + first != end or last - first != size or size < 0:
+            raise ValueError(f"{name} is not where it should be")
+        tensors[name] = Stored(path, name, kind, tuple(shape), end, size)
+        end += size
+    if end != file_size:
+        raise ValueError(f"it has {file_size} bytes, and should have {end}")
+    return tensors, metadata
+
+
+def unique(pairs):
+    """Pairs of name and value -> dict. ValueError where a name comes twice."""
+    pairs = list(pairs)
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
+
+
+class GGUFReader:
+    """Reads the values of a GGUF header, one after the other; struct.error where it ends."""
+
+    def __init__(self, data):
+        self.data, self.position = data, 4
+
+    def take(self, form):
+        value, = struct.unpack_from("<" + form, self.data, self.position)
+        self.position += struct.calcsize("<" + form)
+        return value
+
+    def text(self):
+        return self.take(f"{self.take('Q')}s").decode()
+
+    def value(self, kind):
+        """A value of GGUF's type `kind`. Arrays are passed over: they hold a vocabulary."""
+        if kind == 8:
+            return self.text()
+        if kind != 9:
+            return self.take(GGUF_VALUES[kind])
+        kind, count = self.take("I"), self.take("Q")
+        if kind != 8:
+            self.position += count * struct.calcsize("<" + GGUF_VALUES[kind])
+        for _ in range(count if kind == 8 else 0):
+            self.text()
+        return None
+
+
+def read_gguf(path):
+    """Counts; metadata (key, type, value); tensors (name, dims, type, offset); the data."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader, file_size = GGUFReader(data), len(data)
+        version, tensors, values = reader.take("I"), reader.take("Q"), reader.take("Q")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} of GGUF")
+        metadata = unique((reader.text(), reader.value(reader.take("I"))) for _ in range(values))
+        entries = unique(
+            (reader.text(), ([reader.take("Q") for _ in range(min(reader.take("I"), 9))],
+                             reader.take("I"), reader.take("Q"))) for _ in range(tensors))
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-reader.position // alignment) * alignment
+    found = {}
+    for name, (dims, number, offset) in entries.items():
+        if number not in GGUF_TYPES:
+            raise UserError(f"{path}: {name} is of GGUF's type {number}; {ADVICE}")
+        kind, block, block_size = GGUF_TYPES[number]
+        size = math.prod(dims) // block * block_size
+        is_whole = not dims or dims[0] % block == 0
+        if not is_whole or offset % alignment or start + offset + size > file_size:
+            raise ValueError(f"{name} is not where it should be")
+        form = "plain" if kind in DTYPES else "gguf"
+        found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
+    architecture = metadata.get("general.architecture", ARCHITECTURES[0])
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path} holds a network of the architecture {architecture!r}; Z-Image has "
+                        f"{' or '.join(ARCHITECTURES)}")
+    places = sorted((stored.start, stored.start + stored.size) for stored in found.values())
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
+        raise ValueError("tensors overlap")
+    return found, metadata
+
+
+def write_safetensors(path, plan, tensors, metadata=()):
+    """Writes a safetensors file tensor by tensor, so that it is never in memory whole.
+
+    plan: {name: (shape, dtype)}. tensors: (name, tensor) pairs; those of one name are its rows, in
+    order. metadata: {name: text} for the header.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E8M0"}
+    header, places, end = {"__metadata__": {"format": "pt", **dict(metadata)}}, {}, 0
+    for name, (shape, dtype) in plan.items():
+        places[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape),
+                        "data_offsets": [places[name], end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=path.name,
+                                        leave=False, delay=1) as bar:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name, tensor in tensors:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.seek(8 + len(header) + places[name])
+            file.write(data.numpy())
+            places[name] += len(data)
+            bar.update(len(data))
+
+
+# --- Quantized weights --------------------------------------------------------------------------
+
+# ComfyUI's formats: the kind of the stored numbers. What stands beside L.weight, old and new.
+FORMATS = {
+    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fn_rowwise": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int8_tensorwise": "I8", "int8_rowwise": "I8", "nvfp4": "U8", "mxfp8": "F8_E4M3",
+}
+SCALES = {"weight_scale": 0, "scale_weight": 0, "weight_scale_2": 1}
+BESIDE_A_WEIGHT = (*SCALES, "comfy_quant", "input_scale", "scale_input")
+ROTATED = 256         # columns in a group of ComfyUI's int8 files
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def with_scales(tensors, metadata):
+    """Puts what stands beside a weight into its Stored, and takes it out of the names."""
+    text = metadata.get("_quantization_metadata", "{}")
+    layers = parse_json(text, "the _quantization_metadata of a file").get("layers")
+    layers = layers if isinstance(layers, dict) else {}
+    weights = {}
+    for name, stored in tensors.items():
+        layer, _, key = name.rpartition(".")
+        if key in BESIDE_A_WEIGHT and f"{layer}.weight" in tensors:
+            continue
+        options, scales = None, [None, None]
+        if key == "weight":
+            options = layers.get(layer, layers.get(stored.name.removesuffix(".weight")))
+            for word, place in SCALES.items():
+                scales[place] = tensors.get(f"{layer}.{word}", scales[place])
+            if f"{layer}.comfy_quant" in tensors:
+                text = bytes(read(tensors[f"{layer}.comfy_quant"]).flatten().tolist())
+                options = parse_json(text, f"{stored.file}: {layer}.comfy_quant")
+        weights[name] = with_format(stored._replace(scales=tuple(scales)), options)
+    return weights
+
+
+def with_format(stored, options):
+    """Puts the format of a tensor into its Stored. options: ComfyUI's description, or None."""
+    options = {"format": options} if isinstance(options, str) else options or {}
+    if isinstance(options, dict) and isinstance(options.get("params"), dict):
+        options = {**options, **options["params"]}            # an older spelling
+    if not isinstance(options, dict):
+        raise UserError(f"{stored.file}: {stored.name} is described by {options!r}")
+    guess = {"I8": "int8_tensorwise", "F8_E5M2": "float8_e5m2"}.get(stored.kind, "float8_e4m3fn")
+    form = str(options.get("format", stored.format if stored.scales[0] is None else guess))
+    group = options.get("convrot_groupsize", ROTATED) if options.get("convrot") else 0
+    if not is_read(stored, form, group):
+        raise UserError(f"{stored.file}: {stored.name} is of type {stored.kind} in the format "
+                        f"{form!r}, which this project does not read; {ADVICE}")
+    return stored._replace(format=form, group=group)
+
+
+def is_read(stored, form, group):
+    """Whether type, scales and group of a tensor are those of its format."""
+    scales = [scale is not None for scale in stored.scales]
+    if form in ("plain", "gguf"):
+        return (form == "gguf" or stored.kind in PLAIN) and not any(scales)
+    fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
+    if not fits_group or (group and stored.shape[-1] % group):
+        return False
+    if form == "nvfp4" and scales[1] and math.prod(stored.scales[1].shape) != 1:
+        return False
+    return FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
+
+
+def dequantize(stored, first, shape):
+    """Rows `first`, first + 1, ... of a tensor in a file, as a tensor of `shape`.
+
+    A plain one comes as it is stored, mapped; a quantized one in float32. The arithmetic and its
+    order are those of ComfyUI and of the gguf package, bit for bit.
+    """
+    whole = math.prod(stored.shape) == math.prod(shape)
+    numbers = read(stored, first, None if whole else shape[0])
+    if stored.format == "gguf":
+        numbers = dequantize_gguf(numbers, stored.kind)
+    elif stored.format == "nvfp4":            # two numbers a byte, the high half first
+        numbers = E2M1[torch.stack((numbers >> 4, numbers & 15), -1).flatten(-2).long()]
+        scale = tiled_scales(stored, first, numbers.shape, 16).view(torch.float8_e4m3fn).float()
+        numbers = scale_groups(numbers, read(stored.scales[1]).float() * scale)
+    elif stored.format == "mxfp8":            # the scales are exponents of two
+        scale = tiled_scales(stored, first, numbers.shape, 32).float() - 127
+        numbers = scale_groups(numbers.float(), scale.exp2())
+    elif stored.format != "plain":
+        numbers = numbers.float() * row_scales(stored, first, shape[0])
+        numbers = rotate(numbers, stored.group) if stored.group else numbers
+    if stored.format in PADDED:
+        numbers = numbers[:shape[0], :shape[1]]
+    return numbers.view(shape)
+
+
+def quantize_int8(weight):
+    """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
+    parts = []
+    for rows in weight.split(256):            # few enough to stay in the processor's cache
+        numbers = rows.float()
+        scale = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        parts.append(((numbers / scale).round().to(torch.int8), scale))
+    numbers, scales = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(scales)
+
+
+def row_scales(stored, first, rows):
+    """The scale of each row of a float8 or int8 weight: (rows, 1) float32. One may hold for all."""
+    if stored.scales[0] is None:
+        return torch.ones(rows, 1)
+    scale = read(stored.scales[0]).float().view(-1, 1)
+    if len(scale) == 1:
+        return scale.expand(rows, 1)
+    if len(scale) != stored.shape[0]:
+        raise UserError(f"{stored.file}: {stored.name} is scaled in blocks; {ADVICE}")
+    return scale[first:first + rows]
+
+
+def rotate(x, group):
+    """Multiplies each run of `group` columns by the Hadamard matrix of that size, its own inverse.
+
+    It spreads outliers over the group before rounding to int8 ("convrot" in ComfyUI).
+    """
+    four = torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = torch.ones(1, 1)
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, four)
+    matrix = (matrix / group ** 0.5).to(x.device, x.dtype)
+    return (x.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
+
+
+def tiled_scales(stored, first, shape, group):
+    """The bytes of the scales of nvfp4 and mxfp8, one for `group` columns: (rows, columns / group).
+
+    They are stored for cuBLAS: padded to tiles of 128 x 4, in which scale (r, c) is number
+    ((r % 32) * 4 + r // 32) * 4 + c.
+    """
+    down, across = -(-stored.shape[0] // 128), -(-shape[1] // (group * 4))
+    scale = read(stored.scales[0]).view(torch.uint8)
+    if scale.numel() != down * across * 512:
+        raise UserError(f"{stored.file}: the scales of {stored.name} do not fit")
+    scale = scale.view(down, across, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(down * 128, -1)
+    return scale[first:first + shape[0], :shape[1] // group].contiguous()
+
+
+def scale_groups(numbers, scale):
+    """Multiplies runs of columns by their scale: (rows, n * group), (rows, n)."""
+    return (numbers.unflatten(-1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def dequantize_gguf(data, kind):
+    """Blocks of a GGUF tensor, uint8 (rows, bytes) -> float32 (rows, numbers)."""
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise UserError("a quantized GGUF file needs the gguf package: pip install gguf") from None
+    return torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType[kind]))
+
+
+def stored_format(stored):
+    """"fp8", "int8" or "int8_convrot" where a layer can use a weight as it is stored, or None."""
+    if stored.kind == "F8_E4M3" and stored.format != "mxfp8":
+        return "fp8"
+    if stored.kind == "I8" and stored.group in (0, ROTATED):
+        return "int8_convrot" if stored.group else "int8"
+    return None
+
+
+PADDED = {"nvfp4": 16, "mxfp8": 32}   # both sides of a weight, to a multiple of this
+
+
+def fits(stored, shape):
+    """Whether a tensor has this shape, but for padding and dimensions of size 1."""
+    given = stored.shape
+    if stored.format == "nvfp4":
+        given = (*given[:-1], 2 * given[-1])
+    pad = PADDED.get(stored.format, 1)
+    shape = [-(-n // pad) * pad for n in shape]
+    return [n for n in given if n != 1] == [n for n in shape if n != 1]
+
+
+# --- Adapters: LoRA, LoKr, LoHa -----------------------------------------------------------------
+
+# How the keys end: pattern -> our name of the part. Before it come a prefix and a module.
+ADAPTER_PARTS = {
+    r"(\.lora_A|(\.lora_|[._]lora\.|\.lora_linear_layer\.)down)(\.default)?(\.weight)?$": ".A",
+    r"(\.lora_B|(\.lora_|[._]lora\.|\.lora_linear_layer\.)up)(\.default)?(\.weight)?$": ".B",
+}
+ADAPTER_PREFIX = re.compile(
+    r"^(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\."
+    r"|lora_unet__?|lora_transformer_|lycoris_)?")
+ADAPTER_KEY = re.compile(
+    r"\.lora_|[._]lora\.|\.(lokr|hada)_|\.(dora_scale|b?oft_|lora_magnitude_vector)")
+REFUSED_ADAPTERS = {
+    r"dora_scale|lora_magnitude_vector": "is a DoRA; programs disagree about its meaning",
+    r"\.b?oft_": "is of the OFT kind, which this project does not apply",
+    r"\.(lokr|hada)_t[12]$|\.lora_mid": "is made for convolutions, which a DiT does not have",
+    r"\.(diff|diff_b|set_weight|lora_B\.bias)$": "changes more than linear weights",
+    r"^(text_encoders?\.|lora_te)": "changes the text encoder, which this project does not do",
+}
+# The parts that make an adapter of one module, beside alpha. _a and _b are multiplied.
+ADAPTER_KINDS = [
+    {"A", "B"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1", "lokr_w2"}, {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
+]
+
+
+def read_adapters(adapters, modules):
+    """(file, strength) pairs -> {official name: [functions of a weight, float32 -> changed]}.
+
+    modules: {name of a module in such files: [(official name, shape) of the weights in it]}.
+    """
+    changes = {}
+    for path, strength in adapters:
+        for name, candidates in read_adapter(Path(path), strength, modules).items():
+            changes.setdefault(name, []).append(partial(add_change, path, name, candidates))
+    return changes
+
+
+def read_adapter(path, strength, modules):
+    """An adapter file -> {official name: [(scale, parts, first row)]}.
+
+    UserError for anything in the file that cannot be used. Two for one name: the file says it
+    twice.
+    """
+    tensors, settings = open_adapter(path)
+    found, strange = {}, []                   # prefix and module -> {part: Stored}
+    for name, stored in tensors.items():
+        for pattern, reason in REFUSED_ADAPTERS.items():
+            if re.search(pattern, name):
+                raise UserError(f"{path} {reason} (it holds {name})")
+        stem, _, part = rename(name, ADAPTER_PARTS).rpartition(".")
+        if ADAPTER_PREFIX.sub("", stem) not in modules or stored.kind not in PLAIN:
+            strange.append(name)
+        found.setdefault(stem, {})[part] = stored
+    if strange or not found:
+        raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
+                        f"{some(strange)}")
+    changes = {}
+    for stem, parts in found.items():
+        names, shapes = zip(*modules[ADAPTER_PREFIX.sub("", stem)], strict=True)
+        rows = [shape[0] for shape in shapes]
+        check_adapter(f"{path}: {stem}", parts, (sum(rows), shapes[0][1]))
+        scale = strength * adapter_scale(f"{path}: {stem}", parts, names[0], settings)
+        for i, name in enumerate(names):
+            # A module of its own (one name) comes before one that stands for q, k and v.
+            place = 0 if len(names) == 1 else 9
+            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i])))
+    return changes
+
+
+def open_adapter(path):
+    """The tensors of an adapter, a file or a folder of peft's, and peft's settings for it."""
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors, metadata = open_files([path])
+    beside = path.parent / "adapter_config.json"
+    if path.name == "adapter_model.safetensors" and beside.exists():
+        settings = read_json(beside)
+    else:                                     # diffusers writes them into the header
+        text = metadata.get("lora_adapter_metadata", "{}")
+        settings = {name.removeprefix("transformer."): value
+                    for name, value in parse_json(text, f"{path}: lora_adapter_metadata").items()}
+    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{path}: of peft's adapters only the plain LoRA is supported")
+    return tensors, settings
+
+
+def adapter_scale(where, parts, official, settings):
+    """alpha / rank; 1 where neither the file nor peft's settings have an alpha."""
+    low = [parts[key] for key in ("A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in parts]
+    if not low:                               # LoKr of two whole matrices: its alpha means nothing
+        return 1.0
+    rank = low[0].shape[0]
+    patterns = settings.get("alpha_pattern") or {}
+    alpha, root = settings.get("lora_alpha", rank), bool(settings.get("use_rslora"))
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
+                alpha = value
+    except (AttributeError, re.error) as error:
+        raise UserError(f"{where}: alpha_pattern is {patterns!r}: {error}") from None
+    if "alpha" in parts:
+        alpha, root = read(parts["alpha"]).float().flatten().tolist()[:1], False
+        alpha = alpha[0] if alpha else None
+    if not is_number(alpha):
+        raise UserError(f"{where}: alpha is {alpha!r}, which is not a number")
+    return alpha / (math.sqrt(rank) if root else rank)
+
+
+def check_adapter(where, parts, shape):
+    """UserError where the parts are not complete, or do not give a change of this shape."""
+    kind = parts.keys() - {"alpha"}
+    if kind not in ADAPTER_KINDS:
+        raise UserError(f"{where} has only {some(parts.keys())}")
+    given = adapter_shape({key: parts[key].shape for key in kind})
+    if given != shape:
+        raise UserError(f"{where} is made for another model: it gives {given or 'no matrix'}, the "
+                        f"weight is {shape}")
+
+
+def adapter_shape(shapes):
+    """The shape of adapter_product, from those of the parts; None where they do not go together."""
+    flat = {key: (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+            for key, shape in shapes.items()}
+    if "A" in flat:
+        flat = {"w_a": flat["B"], "w_b": flat["A"]}
+    matrices = [flat[name] for name in sorted(flat) if name[-1] in "12"]
+    for name in sorted(flat):
+        if name.endswith("_a"):
+            (rows, inner), (rank, columns) = flat[name], flat[f"{name[:-1]}b"]
+            matrices.append((rows, columns) if inner == rank > 0 else (0, 0))
+    if "hada_w1_a" in flat:
+        return matrices[0] if matrices[0] == matrices[1] else None
+    return tuple(map(math.prod, zip(*matrices, strict=True)))
+
+
+def adapter_product(parts):
+    """The change of a weight without its scale: B A, or the products of LoHa and LoKr (LyCORIS)."""
+    if "A" in parts:
+        return parts["B"] @ parts["A"]
+    kind = "hada" if "hada_w1_a" in parts else "lokr"
+    one, two = (parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+                for name in (f"{kind}_w1", f"{kind}_w2"))
+    return one * two if kind == "hada" else torch.kron(one, two)
+
+
+def change_rows(parts, first, rows):
+    """Some rows of the change of a weight, float32, without its scale."""
+    tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
+    if "B" in tensors:                        # the rows of B A are those of B
+        return tensors["B"][first:first + rows] @ tensors["A"]
+    return adapter_product(tensors)[first:first + rows]
+
+
+def add_change(path, name, candidates, weight):
+    """weight + scale * change. Where a file says a change twice (q and qkv), it counts once."""
+    (scale, parts, first), *others = candidates
+    rows = len(weight)
+    for other_scale, *place in others:
+        change = scale * change_rows(parts, first, rows)
+        other = other_scale * change_rows(*place, rows)
+        if (other - change).norm() > 0.02 * change.norm():
+            raise UserError(f"{path} says two different things about {name}")
+    if "B" in parts:                          # in one step, to spare memory
+        b, a = (read(parts[key]).float().flatten(1) for key in "BA")
+        return torch.addmm(weight, b[first:first + rows], a, alpha=scale)
+    return weight.add(change_rows(parts, first, rows), alpha=scale)
+
+
+# --- Configurations and tokenizers --------------------------------------------------------------
+
+# What an official file must say, for model.py and sampler.py do only this; also what we write.
+# The first key of a config.json says what it is and must be there.
+REQUIRED = {
+    "text_encoder": {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False,
+                     "use_sliding_window": False},
+    "dit": {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2],
+            "all_f_patch_size": [1], "qk_norm": True, "siglip_feat_dim": None},
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
+            "use_quant_conv": False, "use_post_quant_conv": False, "latents_mean": None,
+            "latents_std": None},
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+                  "use_dynamic_shifting": False, "use_karras_sigmas": False,
+                  "use_exponential_sigmas": False, "use_beta_sigmas": False,
+                  "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False},
+    "tokenizer": {"add_prefix_space": False, "add_bos_token": False,
+                  "split_special_tokens": False},
+}
+# Keys that do not change a picture. There is a warning for every other key.
+WITHOUT_EFFECT = set("""_diffusers_version _name_or_path architectures attention_dropout
+    base_image_seq_len base_shift bos_token_id dtype eos_token_id force_upcast initializer_range
+    max_image_seq_len max_position_embeddings max_shift max_window_layers pad_token_id sample_size
+    sliding_window tie_word_embeddings time_shift_type torch_dtype transformers_version
+    use_cache""".split())
+# What the reference takes for a field that a config.json lacks, where that is not the release's.
+REFERENCE_DEFAULTS = {
+    "text_encoder": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+                     "num_key_value_heads": 32, "rope_theta": 1e4},
+    "dit": {"axes_lens": [1024, 512, 512]},
+    "vae": {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4,
+            "scaling_factor": 0.18215, "shift_factor": None},
+}
+TYPES = {int: "a whole number above 0", float: "a number", tuple: "a list of whole numbers above 0"}
+# What a checkpoint says about how it is sampled.
+SETTINGS = {"shift": float, "steps": int, "guidance": float, "size": int, "trained_steps": int}
+CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NETWORKS = {
+    "text_encoder": (TextEncoder, TextEncoderConfig),
+    "dit": (DiT, DiTConfig),
+    "vae": (VAE, VAEConfig),
+}
+# The rest of an official directory: the same for every checkpoint.
+OFFICIAL_JSON = {
+    "tokenizer/tokenizer_config.json": {
+        "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 131072, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "add_bos_token": False},
+    "model_index.json": {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"]},
+}
+
+
+def parse_config(kind, data, path, official):
+    """A JSON object -> the network's configuration. UserError where there is no such network."""
+    fields = {field.name: field.default for field in dataclasses.fields(NETWORKS[kind][1])}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} has no section {kind}")
+    if official:
+        check_official(data, kind, path, {*fields, *derived_fields(kind, NETWORKS[kind][1]()),
+                                          "layer_types", "rope_parameters", "rope_scaling"})
+        data = {**fields, **REFERENCE_DEFAULTS[kind], **data, **rotary_theta(data, path)}
+    elif data.keys() != fields.keys():        # ours are always written whole
+        raise UserError(f"{path}: the section {kind} misses or does not know "
+                        f"{some(fields.keys() ^ data.keys())}")
+    for name, default in fields.items():
+        good = has_type(data[name], type(default))
+        if not good or ("layers" in name and data[name] > 1000):
+            raise UserError(f"{path}: {name} should be {TYPES[type(default)]}, not {data[name]!r}")
+    config = NETWORKS[kind][1](**{name: type(default)(data[name])
+                                  for name, default in fields.items()})
+    if not is_possible(kind, config):
+        raise UserError(f"{path} describes a network that cannot be built: its widths, heads and "
+                        "groups do not divide each other")
+    if official:
+        check_values(data, derived_fields(kind, config), path)
+    return config
+
+
+def write_official_json(folder, configs, settings):
+    """Writes the configurations of an official directory. configs: {kind: configuration}."""
+    for kind, config in configs.items():
+        data = {**REQUIRED[kind], **dataclasses.asdict(config), **derived_fields(kind, config)}
+        if kind == "text_encoder":
+            data |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+        write_json(folder / FOLDERS[kind] / "config.json", data)
+    scheduler = {**REQUIRED["scheduler"], "shift": settings["shift"]}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    more = {key: value for key, value in settings.items() if key != "shift"}
+    if more:
+        write_json(folder / SAMPLING_FILE, more)
+    for name, content in OFFICIAL_JSON.items():
+        write_json(folder / name, content)
+
+
+def embedded_config(kind, metadata):
+    """The configuration in the header of a file that this project wrote, or None."""
+    text, where = metadata.get(f"z_image_{kind}"), f"z_image_{kind} in the header of a file"
+    return parse_config(kind, parse_json(text, where), where, official=False) if text else None
+
+
+def config_like(kind, like):
+    """The configuration of another place; where there is none, the release's."""
+    has_one = like is not None and (Path(like) / "config.json").exists()
+    return component_files(kind, Path(like))[1] if has_one else NETWORKS[kind][1]()
+
+
+def has_type(value, kind):
+    """Whether a value from a JSON file can be an int above 0, a float, or a tuple of such ints."""
+    if kind is tuple:
+        return isinstance(value, (list, tuple)) and value and all(has_type(n, int) for n in value)
+    if kind is float:
+        return is_number(value)
+    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
+
+
+def is_possible(kind, c):
+    """Whether widths, heads and groups divide each other as model.py needs it."""
+    if kind == "dit":
+        return (len(c.axes_dims) == len(c.axes_lens) == 3 and not any(d % 2 for d in c.axes_dims)
+                and sum(c.axes_dims) * c.n_heads == c.dim)
+    if kind == "text_encoder":
+        return c.num_attention_heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0
+    return not any(width % c.norm_num_groups for width in c.block_out_channels)
+
+
+def derived_fields(kind, config):
+    """What else an official config.json says that follows from our fields."""
+    if kind == "vae":
+        levels = len(config.block_out_channels)
+        return {"out_channels": config.in_channels,
+                "down_block_types": ["DownEncoderBlock2D"] * levels,
+                "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return {"n_kv_heads": config.n_heads} if kind == "dit" else {}
+
+
+def rotary_theta(data, path):
+    """Qwen's rotary embedding in its newer or older spelling -> {} or {"rope_theta": ...}."""
+    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{path}: only the plain rotary embedding is supported, not {rope!r}")
+    layer_types = data.get("layer_types") or []
+    if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
+        raise UserError(f"{path}: only full_attention is supported in layer_types")
+    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+
+
+def check_official(data, kind, path, known):
+    """UserError where an official file is not of its kind; a warning for keys that nobody knows."""
+    name = next(iter(REQUIRED[kind]))
+    if name not in data and name in ("_class_name", "model_type"):
+        raise UserError(f"{path} has no {name}, so it is not that of a {REQUIRED[kind][name]}")
+    check_values(data, REQUIRED[kind], path)
+    for key in sorted(data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known):
+        warnings.warn(f"{path}: {key} is not known, and ignored", stacklevel=2)
+
+
+def check_values(data, required, path):
+    for key, value in required.items():
+        if data.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {data[key]!r}; only {value!r} is supported")
+
+
+def check_settings(settings, path):
+    """UserError where a setting is not known or out of range -> settings."""
+    for key, value in settings.items():
+        if key not in SETTINGS:
+            raise UserError(f"{path}: {key} is not known")
+        kind = SETTINGS[key]
+        if key == "trained_steps" and isinstance(value, (list, tuple)):
+            kind = tuple              # a student for several numbers of steps
+        if not has_type(value, kind) or (kind is float and value < 0):
+            raise UserError(f"{path}: {key} should be {TYPES[SETTINGS[key]]}, not {value!r}")
+    return settings
+
+
+def load_tokenizer(path):
+    """A tokenizers.Tokenizer from a tokenizer.json, or from the folder it is in.
+
+    The file remembers padding and truncation of the last call. They are not the model's.
+    """
+    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:                # the library raises bare Exception
+        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for token in ("<|im_start|>", "<|im_end|>"):              # of the chat template
+        if len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
+            raise UserError(f"{path} does not know {token}, so it belongs to another model")
+    if getattr(tokenizer.model, "dropout", None):
+        raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
+    return tokenizer
+
+
+def check_chat_template(folder):
+    """UserError where an official tokenizer is called in another way than sampler.py calls it."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    check_values(config, REQUIRED["tokenizer"], path)
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        path = folder / "chat_template.jinja"
+        template = path.read_text(encoding="utf-8", errors="replace")
+    if template is None:
+        return
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # PyTorch brings it
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    case = {"messages": [{"role": "user", "content": "a cat"}], "add_generation_prompt": True,
+            "enable_thinking": True}
+    try:
+        prompts = {environment.from_string(t).render(case) for t in (template, CHAT_TEMPLATE)}
+    except Exception as error:                # a template is a program
+        raise UserError(f"{path}: the chat template does not work: {error}") from None
+    if len(prompts) > 1:
+        raise UserError(f"{path}: the chat template is not Qwen3's, which Z-Image was trained with")
+
+
+def check_together(tokenizer, text_encoder, dit, vae):
+    """UserError where tokenizer and configurations do not belong together."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    problem = None
+    if largest >= text_encoder.vocab_size:
+        problem = f"the tokenizer's token {largest} is not among {text_encoder.vocab_size}"
+    elif dit.cap_feat_dim != text_encoder.hidden_size:
+        problem = "the DiT expects text features of another width"
+    elif dit.in_channels != vae.latent_channels:
+        problem = "DiT and VAE have different latent channels"
+    elif dit.axes_lens[0] < 514:              # a caption of 512 tokens, the image behind it
+        problem = "the DiT has no positions for 512 text tokens"
+    if problem:
+        raise UserError(f"the parts of the model do not belong together: {problem}")
+
+
+# --- Models: which files belong together --------------------------------------------------------
+
+FOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
+# A network is recognized by one of its tensors, behind one of these prefixes.
+SIGNATURES = {
+    "text_encoder": ("model.embed_tokens.weight", "embed_tokens.weight", "token_embd.weight"),
+    "dit": ("cap_embedder.1.weight",),
+    "vae": ("decoder.conv_in.weight",),
+}
+PREFIXES = {
+    "text_encoder": ("", "text_encoders.qwen3_4b.transformer."),
+    "dit": ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer."),
+    "vae": ("", "vae.", "first_stage_model."),
+}
+ARCHITECTURES = ("qwen3", "lumina2", "pig", "cow")    # of GGUF files; not all name one
+UNUSED_ENDINGS = ("scaled_fp8", "text_encoders.qwen3_4b.logit_scale")
+SAMPLING_FILE = "sampling.json"       # our settings in an official directory, beside the shift
+
+
+def find_parts(path, named):
+    """The parts of a model that are not named: {part: file or folder}, and its settings."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
+        path = download(str(path), named)
+    path = Path(path)
+    if (path / "dit.safetensors").exists() and (path / "config.json").exists():
+        config = read_json(path / "config.json")
+        settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
+        places = {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}
+        return places, check_settings({"shift": None, **settings}, path / "config.json")
+    if not (path / "transformer").is_dir() and not (path / "model_index.json").exists():
+        return find_single_files(path, named), {}
+    source = path / "scheduler" / "scheduler_config.json"
+    config = read_json(source)
+    check_official(config, "scheduler", source, {"shift"})
+    more = read_json(path / SAMPLING_FILE) if (path / SAMPLING_FILE).exists() else {}
+    check_settings(more, path / SAMPLING_FILE)
+    check_chat_template(path / "tokenizer")
+    places = {kind: path / folder for kind, folder in FOLDERS.items()}
+    places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
+    return places, check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def find_single_files(path, named):
+    """One file for each network, in a folder or beside a file, recognized by their names."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist, and is no model on the hub")
+    folder = path if path.is_dir() else path.parent
+    places = {}
+    if path.is_file():
+        places = dict.fromkeys(split_parts(read_header(path)[0], path), path)
+    for kind, files in files_by_network(folder).items():
+        if kind not in places and kind not in named:
+            if len(files) > 1:
+                raise UserError(f"{folder} has several files for the {kind}, name one of them: "
+                                f"{some([file.name for file in files])}")
+            places[kind] = files[0]
+    for tokenizer in (folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json"):
+        if tokenizer.exists():
+            places.setdefault("tokenizer", tokenizer)
+    if not places:
+        raise UserError(f"{path} is not a model directory: it holds neither transformer/ (official "
+                        "layout) nor dit.safetensors (ours) nor a file for each network")
+    return places
+
+
+def files_by_network(folder):
+    """{kind: files in this folder that hold such a network}."""
+    found = {}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+        with suppress(UserError):             # adapters and other models may lie there, too
+            for kind in split_parts(read_header(file)[0], file):
+                found.setdefault(kind, []).append(file)
+    return found
+
+
+def download(name, named):
+    """Fetches of a model on the hub what is not named -> its folder in huggingface_hub's cache.
+
+    The library honors HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME, and goes on where it was stopped.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = ["model_index.json", "scheduler/*.json", "config.json", SAMPLING_FILE,
+              "tokenizer/*.j*", "tokenizer.json"]
+    for kind, folder in FOLDERS.items():
+        wanted.append(f"{folder}/config.json")
+        if kind not in named:
+            wanted += [f"{folder}/*.json", f"{folder}/*.safetensors", f"{kind}.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such directory, and no such model on the hub"
+    except errors.LocalEntryNotFoundError:
+        reason = "there is no such directory, and the hub cannot be reached"
+    except Exception as error:                # whatever the network libraries raise
+        reason = f"the download was interrupted, call again to go on: {str(error)[:200]!r}"
+    raise UserError(f"{name}: {reason}")
+
+
+def split_parts(tensors, path):
+    """The tensors of a file by network, without prefixes: {kind: {name: Stored}}.
+
+    UserError for what belongs to none of the networks that are there, and for what is known but
+    not read.
+    """
+    for name, pattern in itertools.product(tensors, REFUSED):
+        if re.search(pattern, name):
+            raise UserError(f"{path} {REFUSED[pattern]} (it holds {name})")
+    prefixes = {kind: prefix for kind, signatures in SIGNATURES.items()
+                for prefix in PREFIXES[kind] for name in signatures if prefix + name in tensors}
+    parts, lost = {kind: {} for kind in prefixes}, []
+    for name, stored in tensors.items():
+        if ADAPTER_KEY.search(name):
+            raise UserError(f"{path} is an adapter: give it by --lora (it holds {name})")
+        owners = [kind for kind, prefix in prefixes.items() if name.startswith(prefix)]
+        if owners and not name.endswith(UNUSED_ENDINGS):
+            kind = max(owners, key=lambda kind: len(prefixes[kind]))
+            parts[kind][name.removeprefix(prefixes[kind])] = stored
+        elif not name.endswith(UNUSED_ENDINGS):
+            lost.append(name)
+    if parts and lost:
+        raise UserError(f"{path} holds tensors of no network that is known: {some(lost)}")
+    return parts
+
+
+def component_files(kind, path):
+    """The files of a network and its configuration; None where a file has none beside it."""
+    if not path.is_dir():
+        return [path], None
+    source = path / "config.json"
+    config = read_json(source)
+    if (path / f"{kind}.safetensors").exists():
+        section = parse_config(kind, config.get(kind), source, official=False)
+        return [path / f"{kind}.safetensors"], section
+    if "quantization_config" in config or (path / "quantization_config.json").exists():
+        raise UserError(f"{path}: the weights are quantized (quantization_config); {ADVICE}")
+    return shard_files(path), parse_config(kind, config, source, official=True)
+
+
+def shard_files(folder):
+    """The weights of an official component: what its index names, or the only file.
+
+    Names may have a variant: model.fp16.safetensors, model.safetensors.index.fp16.json. Plain names
+    come first.
+    """
+    plain_first = partial(sorted, key=lambda path: (len(path.name), path.name))
+    indices = plain_first(folder.glob("*.safetensors.index*.json"))
+    if not indices:
+        files = plain_first(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} holds no .safetensors file: the weights are missing")
+        return files if "-of-" in files[0].name else files[:1]
+    weight_map = read_json(indices[0]).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    for name in names or [None]:
+        good = isinstance(name, str) and Path(name).name == name and "\\" not in name
+        if not good or not name.endswith(".safetensors"):
+            raise UserError(f"{indices[0]} names the shard {name!r}, which is not the name of a "
+                            ".safetensors file in this directory")
+    return [folder / name for name in sorted(set(names))]
+
+
+# --- Small things ------------------------------------------------------------------------------
+
+
+def rename(name, table):
+    for pattern, replacement in table.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, said in one sentence. It is printed; the exit code is 2."""
+
+
+def is_number(value):
+    """Whether a value from a JSON file is a number that float32 can hold; NaN is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def read_json(path):
+    """The JSON object in a file. UserError where there is none."""
+    try:
+        return parse_json(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def write_json(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_json(text, where):
+    """The JSON object in a text. UserError where there is none."""
+    try:
+        data = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where} should hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def some(names, limit=8):
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:200] for name in sorted(names)[:limit]) + more

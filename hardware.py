@@ -1,0 +1,594 @@
+"""Less memory, more speed: what is applied from outside to networks that are built already.
+
+    quantize           one byte for each weight of the blocks, float8 or int8
+    use_cpu_kernels    products and attention by the kernels that are fastest on a CPU
+    use_tiles          the VAE tile by tile
+    TakeTurns          of several networks only the one that computes is on the device
+    stream_blocks      of a network only the block that computes, and the next one
+
+They are applied in this order, then dit.compile(). None is needed. A layer gets another class that
+keeps its tensors; hooks decide where the tensors lie.
+"""
+
+import ctypes
+import itertools
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convert_weights import QUANTIZED, UserError, common_dtype
+from model import Attention, Decoder, Encoder
+
+# On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
+# a CPU lacks them, bfloat16 products are 16 times slower than float32, and int8 ones 50 times.
+CPU_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CPU_HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()
+
+
+def has_products(dtype, device):
+    """True if the device multiplies matrices of float8 (NVIDIA from Hopper on) or int8 (Ampere)."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return capability >= ((8, 0) if dtype == torch.int8 else (9, 0))
+    return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
+
+
+# --- One byte for each weight -------------------------------------------------------------------
+
+
+def quantize_rows(weight, dtype):
+    """(rows, columns) -> the same in float8_e4m3fn or int8, and float32 scales (rows, 1)."""
+    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    weight = weight.float()
+    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / limit
+    rows = weight / scale
+    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
+
+
+@lru_cache
+def hadamard(size, device=None):
+    """An orthogonal matrix (size, size) of entries +-1/sqrt(size); size is a power of 4.
+
+    It is symmetric, so it is its own inverse. It is the one of ComfyUI's "convrot" files.
+    """
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, h4)
+    return matrix.to(device)
+
+
+def rotate(x, matrix):
+    """Each run of n numbers of the last dimension of x times the Hadamard matrix (n, n).
+
+    A product stays the same if input and weight are both rotated. A single large number is
+    spread over its run, so that it no longer takes the int8 range from its neighbors.
+    """
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)).flatten(-2)
+
+
+def rotation_group(columns):
+    """The largest power of 4, at most 256, that divides the number of columns."""
+    return next(group for group in (256, 64, 16, 4, 1) if columns % group == 0)
+
+
+class QuantizedLinear(nn.Linear):
+    """x W^T with W = weight * scale: a byte for each weight, a float32 scale for each row."""
+
+    def forward(self, x):
+        if self.rotation is not None:         # the weight is rotated, so x has to be
+            x = rotate(x, self.rotation)
+        aligned = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        if aligned and has_products(self.weight.dtype, x.device):
+            rows, row_scale = quantize_rows(x.flatten(0, -2), self.weight.dtype)
+            return self.product(rows, row_scale, x.dtype).unflatten(0, x.shape[:-1])
+        is_slow = x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16
+        dtype = torch.float32 if is_slow else x.dtype
+        product = float32_product if x.is_cpu and dtype == torch.float32 else F.linear
+        y = product(x.to(dtype), self.weight.to(dtype)) * self.scale.flatten().to(dtype)
+        return y.to(x.dtype)
+
+
+class Float8Linear(QuantizedLinear):
+    """float8_e4m3 weights; where the device can multiply them, inputs are rounded to it, too."""
+
+    def product(self, rows, row_scale, dtype):
+        return torch._scaled_mm(rows, self.weight.t(), row_scale, self.scale.t(), out_dtype=dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    """int8 weights; inputs are rounded to int8 with a scale per token, so the product is integer.
+
+    PyTorch's fused kernel, onednn.qlinear_pointwise, takes one scale for all tokens. Some tokens
+    of a text have values a hundred times larger than others, so that does not do.
+    """
+
+    def product(self, rows, row_scale, dtype):
+        padding = max(32 - len(rows), 0)      # a GPU wants more than 16 rows
+        y = torch._int_mm(F.pad(rows, (0, 0, 0, padding)), self.weight.t())[:len(rows)]
+        return (y * row_scale).mul_(self.scale.flatten()).to(dtype)
+
+
+def bind(layer_type, linear, weight, scale, group=1):
+    """Makes a built nn.Linear a quantized layer over these tensors, which may be mapped."""
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
+    linear.register_buffer("scale", scale)
+    rotation = hadamard(group, weight.device) if group > 1 else None
+    linear.register_buffer("rotation", rotation, persistent=False)
+    linear.__class__ = layer_type
+
+
+# Formats that a file may hold and a network may keep: name -> bind(linear, weight, scale).
+KEEP = {"fp8": partial(bind, Float8Linear), "int8": partial(bind, Int8Linear),
+        "int8_convrot": partial(bind, Int8Linear, group=256)}
+
+
+def quantize(net, kind, device=None):
+    """Turns linear layers without bias into "fp8" or "int8", one by one and in place -> net.
+
+    These are the layers of the blocks and nearly all weights. Those with a bias embed time and
+    caption, and are sensitive. device: quantize there, and leave the layer there. The peak of
+    memory is the quantized network and one tensor, if the network was mapped.
+    """
+    for layer in net.modules():
+        if type(layer) is nn.Linear and layer.bias is None:
+            weight = layer.weight.detach().to(device).float()
+            if kind == "fp8":
+                bind(Float8Linear, layer, *quantize_rows(weight, torch.float8_e4m3fn))
+            else:
+                group = rotation_group(layer.in_features)
+                weight = rotate(weight, hadamard(group, weight.device))
+                bind(Int8Linear, layer, *quantize_rows(weight, torch.int8), group)
+    return net
+
+
+# --- Kernels for CPUs ---------------------------------------------------------------------------
+
+
+def float32_product(x, weight, bias=None):
+    """x W^T + b by oneDNN: 1.1 to 1.7 times as fast as PyTorch's own choice on AMD processors."""
+    # This operation has no backward, and compilers choose kernels themselves.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not HAS_ONEDNN:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class CPULinear(nn.Linear):
+    """nn.Linear on a CPU in float32, also for bfloat16 where there are no such instructions."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.float()
+        return float32_product(x.float(), self.weight.float(), bias).to(x.dtype)
+
+
+class Bfloat16Attention(Attention):
+    """Attention in bfloat16 as two matrix products.
+
+    PyTorch's fused attention does not use a CPU's bfloat16 instructions; its matrix products do.
+    A few heads at a time, so that their scores (about two million) stay in the cache.
+    """
+
+    @staticmethod
+    def attend(q, k, v, attn_mask=None, is_causal=False):
+        if is_causal or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
+        out = torch.empty_like(q)
+        q = q * q.shape[-1] ** -0.5
+        heads = max(1, 2_000_000 // (len(q) * q.shape[2] * k.shape[2]))
+        for first in range(0, q.shape[1], heads):
+            some = slice(first, first + heads)
+            scores = q[:, some] @ k[:, some].transpose(-1, -2)       # (B, some H, S, S)
+            if attn_mask is not None:
+                scores.masked_fill_(~attn_mask, -math.inf)
+            out[:, some] = torch.softmax(scores, -1, out=scores) @ v[:, some]
+        return out
+
+
+def use_cpu_kernels(net):
+    """Gives the layers of a network on a CPU the classes that are faster there -> net."""
+    for layer in net.modules():
+        if type(layer) is Attention and CPU_HAS_BFLOAT16:
+            if layer.to_q.weight.dtype == torch.bfloat16:
+                layer.__class__ = Bfloat16Attention
+        elif type(layer) is nn.Linear:
+            dtype = layer.weight.dtype
+            # Small products are up to 10 % slower through oneDNN.
+            is_large = layer.weight.numel() >= 2 ** 20
+            if dtype == torch.float32 and is_large and HAS_ONEDNN:
+                layer.__class__ = CPULinear
+            if dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16:
+                layer.__class__ = CPULinear
+    return net
+
+
+# --- Where the tensors lie ----------------------------------------------------------------------
+
+
+def tensors_of(*modules):
+    """Parameters and buffers of all the modules."""
+    return [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
+
+
+class TakeTurns:
+    """Of these networks only the one that computes is on the device; the others are on the host.
+
+    The host keeps its tensors, mapped or not: unloading a network only drops the copy.
+    """
+
+    def __init__(self, networks, device):
+        self.device = device
+        self.loaded = None
+        self.host = {net: [(t, t.data) for t in tensors_of(net)] for net in networks}
+        for net in networks:
+            for part in net.children():       # `prepare` and `decode` call a part, not the network
+                part.register_forward_pre_hook(partial(self.load, net))
+
+    def load(self, net, *_):
+        if self.loaded is not net:
+            for tensor, host in self.host.get(self.loaded, ()):
+                tensor.data = host
+            for tensor, host in self.host[net]:
+                tensor.data = host.to(self.device, copy=True)
+            self.loaded = net
+
+
+class BlockStream:
+    """Of blocks that are called one after the other, at most two have their weights on the device.
+
+        computing                 block 0     block 1     block 2   ...
+        copying      block 0      block 1     block 2     block 3   ...
+
+    On a GPU the copies run on a stream of their own, beside the computation if `pin`, which
+    copies the weights to page-locked host memory.
+    """
+
+    def __init__(self, blocks, device, pin=False):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.tensors = [tensors_of(block) for block in blocks]
+        self.host = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        if pin and self.stream:
+            self.host = [[host.pin_memory() for host in block] for block in self.host]
+        self.loaded = {}                      # index of a block -> its weights on the device
+        self.finished = None                  # event: the block before this one is computed
+        for i, block in enumerate(blocks):
+            self.bind(i, self.host[i])
+            block.register_forward_pre_hook(partial(self.before, i))
+            block.register_forward_hook(partial(self.after, i), always_call=True)
+
+    def load(self, i):
+        with torch.cuda.stream(self.stream):  # does nothing without a GPU
+            self.loaded[i] = [host.to(self.device, non_blocking=True, copy=True)
+                              for host in self.host[i]]
+
+    def bind(self, i, weights):
+        for tensor, weight in zip(self.tensors[i], weights, strict=True):
+            tensor.data = weight
+
+    def before(self, i, *_):
+        if i not in self.loaded:              # the first block
+            self.load(i)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.bind(i, self.loaded[i])
+
+    def after(self, i, *_):
+        """Block i is queued. Once block i - 1 is computed, its memory is free for block i + 1."""
+        self.bind(i, self.host[i])
+        if self.finished:
+            self.finished.synchronize()
+        self.loaded.pop(i - 1, None)
+        if self.stream:
+            self.finished = torch.cuda.current_stream(self.device).record_event()
+        if i + 1 < len(self.host):
+            self.load(i + 1)
+        else:
+            self.loaded.clear()
+
+
+def stream_blocks(pipeline):
+    """Streams the blocks of text encoder and DiT; the VAE is loaded when it is first used.
+
+    The rest goes to the device, except the word embeddings: few of their rows are ever used.
+    """
+    encoder, dit, device = pipeline.text_encoder, pipeline.dit, pipeline.device
+    stacks = [encoder.layers, dit.context_refiner, [*dit.noise_refiner, *dit.layers]]
+    on_host = tensors_of(encoder.embed_tokens, *itertools.chain(*stacks))
+    on_host = {id(tensor) for tensor in on_host}
+    for tensor in tensors_of(encoder, dit):
+        if id(tensor) not in on_host:
+            tensor.data = tensor.data.to(device)
+    encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: ids[0].cpu())
+    encoder.embed_tokens.register_forward_hook(lambda _, ids, features: features.to(device))
+    for blocks in stacks:
+        BlockStream([*blocks], device, pin=blocks is stacks[-1])
+    TakeTurns([pipeline.vae], device)
+
+
+# --- One image on several devices ---------------------------------------------------------------
+
+
+def gather(x, dim):
+    """The shares of all processes, one after the other along a dimension."""
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.contiguous())
+    return torch.cat(shares, dim)
+
+
+class SplitTokens(nn.Module):
+    """Blocks of a DiT of which each process computes an equal share of the tokens.
+
+    All but attention treats every token alone. Attention takes the keys and values of all
+    processes, so that each of its queries sees all tokens.
+    """
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+        for block in blocks:
+            block.attention.attend = partial(self.attend, block.attention.attend)
+
+    def share(self, x):
+        """This process's part of x (B, S, ...), padded so that all parts have the same length."""
+        length = -(-self.length // dist.get_world_size())
+        first = dist.get_rank() * length
+        padding = length * dist.get_world_size() - self.length
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))[:, first:first + length]
+
+    def attend(self, attend, q, k, v, **options):
+        k, v = gather(torch.stack((k, v)), 3)[..., :self.length, :]          # (B, H, S, d)
+        return attend(q, k, v, **options)
+
+    def forward(self, x, rope, mask, c):
+        self.length = x.shape[1]
+        cos, sin = rope
+        x, rope = self.share(x), (self.share(cos), self.share(sin))
+        for block in self.blocks:
+            x = block(x, rope, mask, c)
+        return gather(x, 1)[:, :self.length]                     # (B, S, dim)
+
+
+def split_tokens(dit):
+    """Lets all processes of the default group compute a DiT's every call together.
+
+    The heads stay whole: 30 of them do not divide by 4. What does not see the image (the context
+    refiner) is computed by every process.
+    """
+    dit.noise_refiner = nn.ModuleList([SplitTokens(dit.noise_refiner)])
+    dit.layers = nn.ModuleList([SplitTokens(dit.layers)])
+
+
+# --- The VAE in tiles ---------------------------------------------------------------------------
+
+HALO = 8          # latent pixels around a tile: wider than the layers computed in tiles look aside
+PASSES = 2        # as many as there are norms would be exact; with two there is no seam
+
+
+class TileNorm:
+    """Stands in for a GroupNorm's forward while an image is computed tile by tile.
+
+    Mean and variance belong to the whole image. Each pass collects them from all tiles; `share`
+    averages them for the next pass.
+    """
+
+    def __init__(self, norm):
+        self.norm = norm
+        self.seen = []                        # (pixels, mean, variance) of each tile of this pass
+        self.shared = None                    # mean and variance of the last pass
+        self.core = self.side = None          # (rows, columns) without halo; latent rows with it
+
+    def __call__(self, x):
+        scale = x.shape[-2] // self.side                         # pixels of x per latent pixel
+        rows, columns = (slice(scale * side.start, scale * side.stop) for side in self.core)
+        grouped = x.unflatten(1, (self.norm.num_groups, -1))     # (B, groups, C/groups, h, w)
+        core = grouped[..., rows, columns].flatten(2)
+        variance, mean = torch.var_mean(core, -1, correction=0, keepdim=True)
+        self.seen.append((core.shape[-1], mean, variance))
+        mean, variance = self.shared or (mean, variance)
+        x = ((grouped.flatten(2) - mean) * (variance + self.norm.eps).rsqrt()).view_as(x)
+        return x * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+
+    def share(self):
+        pixels = sum(n for n, _, _ in self.seen)
+        mean = sum(n * m for n, m, _ in self.seen) / pixels
+        self.shared = mean, sum(n * (v + (m - mean) ** 2) for n, m, v in self.seen) / pixels
+        self.seen = []
+
+
+def spans(length, tile):
+    """Tiles along one side: (the tile, the tile with its halo, the tile within its halo)."""
+    for start in range(0, length, tile):
+        stop, first = min(start + tile, length), max(start - HALO, 0)
+        yield (slice(start, stop), slice(first, min(stop + HALO, length)),
+               slice(start - first, stop - first))
+
+
+def scaled(side, factor):
+    """A slice in latent pixels -> in pixels."""
+    return slice(side.start * factor, side.stop * factor)
+
+
+def in_tiles(layers, x, tile, down=1, up=1):
+    """layers(x), computed tile by tile: (B, C, h, w) -> (B, C', h * up / down, w * up / down).
+
+    tile: in latent pixels; `down` pixels of x and `up` of the result lie along one of them. The
+    memory for activations does not grow with x.
+    """
+    height, width = x.shape[-2] // down, x.shape[-1] // down     # in latent pixels
+    tiles = list(itertools.product(spans(height, tile), spans(width, tile)))
+    norms = [TileNorm(module) for module in layers.modules() if isinstance(module, nn.GroupNorm)]
+    out = None
+    try:
+        for norm in norms:
+            norm.norm.forward = norm          # hides the method of the class
+        for _ in range(PASSES if len(tiles) > 1 else 1):
+            for (rows, rows_halo, rows_core), (columns, columns_halo, columns_core) in tiles:
+                for norm in norms:
+                    norm.core = rows_core, columns_core
+                    norm.side = rows_halo.stop - rows_halo.start
+                part = layers(x[..., scaled(rows_halo, down), scaled(columns_halo, down)])
+                if out is None:
+                    out = part.new_empty(*part.shape[:2], height * up, width * up)
+                out[..., scaled(rows, up), scaled(columns, up)] = part[
+                    ..., scaled(rows_core, up), scaled(columns_core, up)]
+            for norm in norms:
+                norm.share()
+    finally:
+        for norm in norms:
+            del norm.norm.forward
+    return out
+
+
+class TiledEncoder(Encoder):
+    """The VAE's encoder, in tiles down to the size of the latents."""
+
+    def forward(self, image):
+        if image.shape[-2] * image.shape[-1] <= self.above:
+            return super().forward(image)
+        fine = nn.Sequential(self.conv_in, *self.down_blocks[:-1])
+        x = self.down_blocks[-1](in_tiles(fine, image, self.tile, down=self.factor))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class TiledDecoder(Decoder):
+    """The VAE's decoder, in tiles from the size of the latents on."""
+
+    def forward(self, z):
+        if z.shape[-2] * z.shape[-1] * self.factor ** 2 <= self.above:
+            return super().forward(z)
+        fine = nn.Sequential(*self.up_blocks, self.conv_norm_out, nn.SiLU(), self.conv_out)
+        return in_tiles(fine, self.mid_block(self.conv_in(z)), self.tile, up=self.factor)
+
+
+def use_tiles(vae, tile=64, above=2e6):
+    """Lets the VAE work in tiles (side in latent pixels) on images of more than `above` pixels."""
+    vae.encoder.__class__, vae.decoder.__class__ = TiledEncoder, TiledDecoder
+    for part in (vae.encoder, vae.decoder):
+        part.tile, part.above, part.factor = tile, above, vae.config.downsampling
+
+
+# --- Devices and their errors -------------------------------------------------------------------
+
+
+def find_device(name):
+    """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
+    if name == "auto":
+        found = "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else found
+        if found == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun
+            found = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
+                        "--device cpu, or leave it out") from None
+    return device
+
+
+def keep_freed_memory():
+    """Asks Linux's C library to keep large freed blocks.
+
+    It would return them to the system, which fills them with zeros before the next step.
+    """
+    with suppress(AttributeError, OSError, TypeError):           # another C library
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 2 ** 30)
+        mallopt(trim_threshold, 2 ** 30)
+
+
+@contextmanager
+def advise_on_errors(advice):
+    """Turns what PyTorch raises for lack of memory, of a compiler or of a kernel into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError("torch.compile does not work here, leave out --compile: "
+                            + str(error).splitlines()[0]) from None
+        if "No viable backend for scaled_dot_product_attention" in str(error):
+            raise UserError("--attention: this kernel does not run here; leave it out") from None
+        lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(lack, str(error)):
+            raise UserError(f"out of memory; try {advice}") from None
+        raise
+
+
+# --- Does it fit? -------------------------------------------------------------------------------
+
+
+def free_memory(device):
+    """Free bytes of a GPU, or of the main memory of a Linux machine; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, TypeError):
+        text = Path("/proc/meminfo").read_text() if device.type == "cpu" else ""
+        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", text)[1])
+    return None
+
+
+def weight_bytes(network, dtype, weights=None):
+    """Bytes of the weights in memory; `weights`: those of the blocks take one byte each."""
+    size = 0
+    for name, piece in network.pieces.items():
+        is_small = weights and QUANTIZED.search(name)
+        size += piece.needed * math.prod(piece.shape) * (1 if is_small else dtype.itemsize)
+    return size
+
+
+def memory_needed(networks, size, dtype, weights=None, offload=None):
+    """An estimate of the bytes that a run needs on its device.
+
+    networks: of a Checkpoint. size: (pixels of an image, images of a batch). The activations of
+    the release take about 0.6 GB for each megapixel in the DiT, 5 GB in the VAE, which decodes
+    one image at a time, and at most 2 GB there in tiles.
+    """
+    pixels, batch = size
+    encoder = weight_bytes(networks["text_encoder"], dtype, weights)
+    dit = weight_bytes(networks["dit"], dtype, weights)
+    vae = weight_bytes(networks["vae"], torch.float32)
+    dit_work = 600 * pixels * batch * networks["dit"].config.dim / 3840
+    vae_work = 5000 * pixels * networks["vae"].config.block_out_channels[0] / 128
+    if offload == "blocks" or pixels > 2e6:
+        vae_work = min(vae_work, 2e9)
+    if offload == "blocks":                   # about two blocks of 34, and what is in no block
+        encoder, dit = encoder / 10, dit / 10
+    if offload:
+        return max(encoder, dit + dit_work, vae + vae_work)
+    return encoder + dit + vae + max(dit_work, vae_work)
+
+
+def check_memory(checkpoint, device, size, dtype, weights=None, offload=None):
+    """Compares what a run needs with what is free, before anything is loaded.
+
+    UserError if it needs more than is free, with the options that make it fit. On a CPU, weights
+    that are stored in `dtype` are mapped: the system reads them again when memory is short.
+    """
+    free, networks = free_memory(device), checkpoint.networks
+    is_mapped = device.type == "cpu" and not weights and dtype == common_dtype(networks["dit"])
+    needed = memory_needed(networks, size, dtype, weights, offload)
+    if free is None or is_mapped or needed <= free:
+        return
+    options = [("--offload", dtype, None, "networks"), ("--weights int8", dtype, "int8", None),
+               ("--weights int8 --offload", dtype, "int8", "networks"),
+               ("--offload blocks", dtype, None, "blocks"),
+               ("--weights int8 --offload blocks", dtype, "int8", "blocks")]
+    if device.type == "cpu":
+        options = [("--dtype bfloat16", torch.bfloat16, None, None),
+                   ("--weights int8", dtype, "int8", None),
+                   ("--dtype bfloat16 --weights int8", torch.bfloat16, "int8", None)]
+    needs = [(words, memory_needed(networks, size, *how)) for words, *how in options]
+    fitting = [f"{words} needs {need / 1e9:.1f}" for words, need in needs if need <= free]
+    raise UserError(f"this needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
+                    + (", ".join(fitting) or "no option makes it fit; use a smaller --size"))

@@ -1,0 +1,110 @@
+"""tutorials/cards/sweep.py: every variant is a command that distill.py takes; results and tables."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import distill
+import sweep
+from conftest import refused, run_here
+from distill import Settings
+from test_distill import generator, inputs, make_nets, training_step
+
+
+@pytest.mark.parametrize("name", sweep.VARIANTS)
+def test_every_variant_is_a_command(name):
+    own, changes = sweep.VARIANTS[name]
+    args = distill.parse_arguments([*own, "--seed", "1"])
+    assert args.seed == 1 and callable(changes)
+
+
+def result(name, seed, steps=4, **figures):
+    return {"variant": name, "seed": seed, "steps": steps, "options": [],
+            "score": {"joint": 0.5, "open": {"joint": 0.25}} | figures}
+
+
+def test_the_table_has_means_and_half_ranges():
+    results = [result("4 steps", seed, joint=joint) for seed, joint in enumerate((0.8, 0.9, 0.94))]
+    lines = sweep.table([*results, result("1 step", 0, steps=1)]).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| 1 step | 1 | 1 | 0.500 (0.000) | 0.250")
+    assert lines[3].startswith("| 4 steps | 4 | 3 | 0.880 (0.070) |")
+
+
+class DoneNow:
+    """Stands for a pool of processes: runs each job at once."""
+
+    def __init__(self, *_, **__):
+        self.jobs = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, name, seed, options, job):
+        self.jobs.append((name, seed))
+        return Done(name, seed)
+
+
+class Done:
+    def __init__(self, name, seed):
+        self.name, self.seed = name, seed
+
+    def result(self):
+        if self.name == "2 steps":
+            raise ValueError("this run fails")
+        return [result(self.name, self.seed)]
+
+
+def test_a_sweep_goes_on_and_one_failure_does_not_end_it(tmp_path, monkeypatch):
+    pools = []
+
+    def make_pool(*arguments, **options):
+        pools.append(DoneNow())
+        return pools[-1]
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", make_pool)
+    monkeypatch.setattr(sweep, "as_completed", list)
+    run = partial(run_here, sweep.main, "--out", tmp_path / "sweep", "--only", "1 step", "2 steps",
+                  "--seeds", 0, 1)
+    first = run()
+    assert first.returncode == 0 and "2 steps" in first.stderr and "this run fails" in first.stderr
+    assert run().returncode == 0
+    assert pools[0].jobs == [("1 step", 0), ("2 steps", 0), ("1 step", 1), ("2 steps", 1)]
+    assert pools[1].jobs == [("2 steps", 0), ("2 steps", 1)]       # only what is missing
+    lines = (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+    assert "| 1 step |" in (tmp_path / "sweep" / "table.md").read_text()
+    assert refused(run("--iterations", 3), "other options")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--only", "no such variant"], "no such variant"), (["--iterations", "0"], "--iterations"),
+    (["--seeds", "-1"], "--seeds"), (["--workers", "0"], "--workers")])
+def test_wrong_options_are_refused(tmp_path, arguments, word):
+    assert refused(run_here(sweep.main, "--out", tmp_path / "sweep", *arguments), word)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_data_space_loss_weighs_velocities():
+    """|x_hat - x|^2 is (1 - tau)^2 times the squared error of the velocity."""
+    nets, (text, _, noise) = make_nets(), inputs()
+    x, t = noise.flip(0), torch.full((len(noise),), 0.75)
+    loss = sweep.data_space(None, None)["fake_loss"](nets.fake, x, t, text, noise)
+    wanted = 0.25 ** 2 * distill.fake_loss(nets.fake, x, t, text, noise)
+    torch.testing.assert_close(loss, wanted)
+
+
+def test_ca_between_limits_looks_there_only():
+    seen = []
+
+    def teacher(x, t, text):
+        seen.append(t)
+        return torch.zeros_like(x)
+    nets = make_nets(**sweep.ca_between(0.7, 1.0, None, None))
+    nets.teacher = teacher
+    training_step(nets, *inputs(), Settings(), generator())
+    _, cond, uncond = seen
+    assert torch.equal(cond, uncond) and cond.min() >= 0.7 and cond.max() <= 1
