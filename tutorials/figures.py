@@ -76,7 +76,8 @@ def source(*functions):
 def definition_line(function):
     """The line of `def` or `class`, decorators not counted."""
     lines, start = inspect.getsourcelines(inspect.unwrap(function))
-    return start + next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
+    first = next(i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class ")))
+    return start + first
 
 
 def result(name, value, within):
