@@ -152,8 +152,8 @@ def tokens(axis, x, y, count, color, size=2.0, gap=0.4, strength=0.45):
 def dit():
     """Prompt and latents become one sequence of tokens."""
     figure, axis = canvas(10, 4.2)
-    box(axis, 10, 34, 17, 6, "prompt:\na panda … \"LOVE\"")
-    box(axis, 10, 10, 17, 6, "latents\n16 × 16 × 16", STUDENT)
+    box(axis, 10, 34, 17, 6, "prompt")
+    box(axis, 10, 10, 17, 6, "latents\n16 × 16 places", STUDENT)
     box(axis, 32, 34, 15, 6, "text encoder", TEACHER)
     box(axis, 32, 10, 15, 6, "2 × 2 patches,\none linear layer", STUDENT)
     for y in (34, 10):

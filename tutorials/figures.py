@@ -21,7 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tutorials" / "images"
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tutorials" / "cards")]
+WORLDS = [ROOT / "tutorials" / name for name in ("cards", "shapes")]
+# The world of the bundled teacher and student: its folder also has their data.py and evaluate.py.
+WORLD = next((world for world in WORLDS if (world / "student").exists()), WORLDS[0])
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(WORLD)]
 
 import matplotlib  # noqa: E402
 
@@ -73,7 +76,8 @@ def source(*functions):
 def definition_line(function):
     """The line of `def` or `class`, decorators not counted."""
     lines, start = inspect.getsourcelines(inspect.unwrap(function))
-    return start + next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
+    first = next(i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class ")))
+    return start + first
 
 
 def result(name, value, within):
@@ -135,11 +139,11 @@ def show_images(images, titles=None, columns=8, title=None, side=1.4):
     plt.show()
 
 
-# --- Cards ----------------------------------------------------------------------------------------
+# --- Pictures of the bundled models ---------------------------------------------------------------
 
 
-def draw_cards(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
-    """Cards for prompts, (B, 3, 128, 128) in [0, 1]; the noise of prompt i is that of seed + i."""
+def draw_pictures(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
+    """Pictures for prompts, (B, 3, H, W) in [0, 1]; the noise of prompt i is that of seed + i."""
     from sampler import generate
     parts = []
     with warnings.catch_warnings():
@@ -151,14 +155,25 @@ def draw_cards(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
 
 
 def are_right(images, prompts):
-    """Which cards (B, 3, 128, 128) in [0, 1] show all that their prompt names -> list of bool."""
-    import data
+    """Which pictures (B, 3, H, W) in [0, 1] show all that their prompt names -> list of bool."""
     import evaluate
-    import reader
-    readings = reader.read_all(evaluate.to_uint8(2 * images - 1), 1)
-    wanted = [data.parse(prompt) for prompt in prompts]
-    return [bool(evaluate.judge(*pair).get("joint", True))
-            for pair in zip(readings, wanted, strict=True)]
+    pictures = evaluate.to_uint8(2 * images - 1)
+    if WORLD.name == "cards":
+        import reader
+        readings = reader.read_all(pictures, 1)
+    else:
+        readings = [evaluate.read(picture) for picture in pictures]
+    shares = [evaluate.accuracy([reading], [prompt])["joint"]
+              for reading, prompt in zip(readings, prompts, strict=True)]
+    return [share == 1 for share in shares]
+
+
+def is_open(prompt):
+    """Whether a prompt leaves something large to the model, above all a place."""
+    import data
+    wanted = data.parse(prompt)
+    names = ("place", "card", "ink") if WORLD.name == "cards" else ("position",)
+    return any(name not in wanted for name in names)
 
 
 def evaluations(steps, guidance):
@@ -169,12 +184,12 @@ def evaluations(steps, guidance):
 def compare(prompts, rows, seed=0, side=1.0):
     """Same prompts and noise in every row -> Figure. rows: (name, pipeline, steps, guidance).
 
-    The label gives the evaluations. The frame is green where evaluate.py reads the card as right.
+    The label gives the evaluations. The frame is green where evaluate.py reads all that is asked.
     """
     figure, axes = plt.subplots(len(rows), len(prompts), squeeze=False, figsize=(
         2.0 + side * len(prompts), 0.6 + (side + 0.08) * len(rows)))
     for row, (name, pipeline, steps, guidance) in zip(axes, rows, strict=True):
-        images = draw_cards(pipeline, prompts, steps, guidance, seed)
+        images = draw_pictures(pipeline, prompts, steps, guidance, seed)
         right = are_right(images, prompts)
         for axis, image, good in zip(row, images, right, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy())
@@ -207,19 +222,17 @@ def diagram(name):
 
 
 def open_prompts(count):
-    """The first held-out English prompts that leave the ground, the word's place or ink open."""
-    import evaluate
+    """The first held-out English prompts that leave something open."""
     from sampler import read_prompts
-    prompts = read_prompts(ROOT / "tutorials" / "cards" / "prompts_heldout.txt")
-    return [p for p in prompts if p.isascii() and "open" in evaluate.groups_of(p)][:count]
+    prompts = read_prompts(WORLD / "prompts_heldout.txt")
+    return [prompt for prompt in prompts if prompt.isascii() and is_open(prompt)][:count]
 
 
 def hero():
     """Teacher and student at the same four evaluations, seeds 0 to 9, nothing picked."""
     from sampler import load_pipeline
     torch.set_num_threads(1)
-    teacher, student = (load_pipeline(ROOT / "tutorials" / "cards" / name)
-                        for name in ("teacher", "student"))
+    teacher, student = load_pipeline(WORLD / "teacher"), load_pipeline(WORLD / "student")
     rows = [("teacher", teacher, 4, 0.0), ("teacher", teacher, 2, 2.0),
             ("student", student, 4, 0.0), ("teacher", teacher, 16, 2.0)]
     save(compare(open_prompts(10), rows), "hero.png", dpi=170)
@@ -228,6 +241,11 @@ def hero():
 def film():
     import films
     films.pinwheel_film(IMAGES)
+
+
+def collapse():
+    import films
+    films.cards_film(IMAGES)
 
 
 def pages():
@@ -245,6 +263,7 @@ FIGURES = {                                              # name: (how, what and 
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF and strip; 1 minute"),
+    "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
     "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
 
 

@@ -1,12 +1,16 @@
-"""The collapse of the spear as a film: three runs on the pinwheel, at a constant learning rate."""
+"""The collapse of the spear as a film, on the pinwheel and on the cards, at a constant rate."""
 
 import io
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from PIL import Image
 
 import figures as fig
+import plot_run
 from convert_weights import write_whole
 from figures import STUDENT
 from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples
@@ -61,3 +65,40 @@ def pinwheel_film(folder):
             fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{i}: off {off:.2f}", size=2)
         row[0].set_ylabel(name, fontsize=8)
     fig.save(figure, "film.png")
+
+
+# --- The same on the cards ----------------------------------------------------------------------
+
+CARD_RUNS = {"CA alone": ["--no-dm"], "CA + DM": []}
+
+
+def run_cards(name, options, iterations, batch, every):
+    """A run of distill.py in runs/NAME, unless it is there -> {iteration: first row of cards}."""
+    out = fig.ROOT / "runs" / name
+    if not (out / "student").exists():
+        command = [sys.executable, str(fig.ROOT / "distill.py"), "--out", str(out), "--alpha", "4",
+                   "--constant-rate", "--iterations", str(iterations), "--batch-size", str(batch),
+                   "--sample-every", str(every), "--overwrite", *options]
+        subprocess.run(command, check=True)
+    return plot_run.read_strips(out, count=8)
+
+
+def cards_film(folder, iterations=160, batch=8, every=20):
+    """Writes collapse.png and collapse.gif: eight prompts while CA alone and CA + DM train."""
+    strips = {name: run_cards("collapse-" + name.replace(" ", "").lower(), options, iterations,
+                              batch, every) for name, options in CARD_RUNS.items()}
+    figure, axes = plt.subplots(2, 1, figsize=(9, 9), squeeze=False)
+    for axis, (name, rows) in zip(axes[:, 0], strips.items(), strict=True):
+        height = next(iter(rows.values())).height
+        axis.imshow(np.concatenate([np.asarray(row) for row in rows.values()]))
+        axis.set(xticks=[], title=f"{name}: same prompts and noise after so many iterations",
+                 yticks=[height * (i + 0.5) for i in range(len(rows))], yticklabels=list(rows))
+        axis.grid(False)
+    fig.save(figure, "collapse.png", dpi=120)
+    frames = []
+    for moment in strips["CA alone"]:
+        pair = [np.asarray(rows[moment]) for rows in strips.values()]
+        frames.append(Image.fromarray(np.concatenate(pair)).quantize(128))
+    write_whole(folder / "collapse.gif", lambda path: frames[0].save(
+        path, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=[900] * (len(frames) - 1) + [2500]))

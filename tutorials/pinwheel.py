@@ -136,7 +136,8 @@ def distill_pinwheel(teacher, alpha=2.0, shield=True, schedule=hybrid, count=400
                      constant_rate=False, watch=None, start=None):
     """CA + DM on the pinwheel -> a student of two steps, with averaged weights.
 
-    alpha 1 leaves CA out, shield False leaves DM out. schedule(t, g) -> (tau_dm, tau_ca).
+    alpha 1 leaves CA out. shield: True is DM, False is none, or one of tutorials/shields.py.
+    schedule(t, g) -> (tau_dm, tau_ca).
     watch(iteration, average): called before every iteration and at the end. start: the net that
     student and fakes start from, if not the teacher. Each of the two steps has a fake of its own.
     """
@@ -157,12 +158,15 @@ def distill_pinwheel(teacher, alpha=2.0, shield=True, schedule=hybrid, count=400
         x, t = backward_simulation(student, noise[0], text, times, step)
         tau_dm, tau_ca = schedule(t, g)
         delta = torch.zeros_like(x)
-        if shield:
+        if shield is True:
             delta = delta + distribution_matching(teacher, fake, x, tau_dm, text, noise[1])
         if alpha != 1:
             delta = delta + cfg_augmentation(teacher, x, tau_ca, text, NULL, alpha, noise[2])
-        update(proxy_loss(x, delta), optimizer)
-        for _ in range(2 if shield else 0):
+        other = hasattr(shield, "loss")
+        update(proxy_loss(x, delta) + (shield.loss(x) if other else 0), optimizer)
+        if other:
+            shield.update(x.detach())
+        for _ in range(2 if shield is True else 0):
             tau = torch.rand(128, generator=g)
             update(fake_loss(fake, x, tau, text, torch.randn(128, 2, generator=g)), fake_optimizer)
         average_into(average, student, min(0.98, (1 + i) / (10 + i)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from convert_weights import UserError, is_number, read_json, run_command, write_whole
 from figures import CA, DM, FAKE, GREY, STUDENT
@@ -54,12 +54,12 @@ def read_line(text, place):
     return line
 
 
-def read_strips(folder):
-    """Sample pictures of the run, first, last and some between -> {iteration: the first row}."""
+def read_strips(folder, count=STRIPS):
+    """`count` sample pictures of the run, first to last -> {iteration: the first row}."""
     files = sorted(file for file in (folder / "samples").glob("*.png") if file.stem.isdecimal())
     if not files:
         return {}
-    chosen = {files[round(i * (len(files) - 1) / (STRIPS - 1))] for i in range(STRIPS)}
+    chosen = {files[round(i * (len(files) - 1) / (count - 1))] for i in range(count)}
     config, strips = folder / "student" / "config.json", {}
     for file in sorted(chosen):
         image = read_image(file)
