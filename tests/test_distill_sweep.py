@@ -1,4 +1,4 @@
-"""tutorials/cards/sweep.py: every variant is a command that distill.py takes; results and tables."""
+"""tutorials/cards/sweep.py: its variants are commands of distill.py; results and tables."""
 
 import json
 from functools import partial
