@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 import torch.nn as nn
 from tokenizers import Tokenizer

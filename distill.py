@@ -27,35 +27,28 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
 import convert_weights
 import sampler
+import scale
 from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
-from model import DiT, Text
 from sampler import encode_prompts, sample, time_schedule
 
 # --- The two terms --------------------------------------------------------------------------------
@@ -86,6 +79,7 @@ def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
     """Delta_DM (B, ...), the shield: from the student's distribution to the data's (Eq. 6).
 
     x: the student's outputs; t: tau_dm (B,); normalize=False: the bare difference. No gradient.
+    Explained in tutorials/03_from_kl_to_two_terms.ipynb.
     """
     x_t = renoise(x, t, noise)
     x_hat_real = data_estimate(teacher, x_t, t, text)
@@ -106,12 +100,18 @@ def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=Tru
 
 
 def proxy_loss(x, delta):
-    """1/2 mean |x - stop_grad(x + delta)|^2; its gradient with respect to x: -delta / x.numel()."""
+    """1/2 mean |x - stop_grad(x + delta)|^2; its gradient with respect to x: -delta / x.numel().
+
+    tutorials/03_from_kl_to_two_terms.ipynb checks it.
+    """
     return 0.5 * (x - (x + delta).detach()).square().mean()
 
 
 def fake_loss(fake, x, t, text, noise):
-    """Flow matching on the student's outputs x: mean |v - (x - noise)|^2. No gradient to x."""
+    """Flow matching on the student's outputs x: mean |v - (x - noise)|^2. No gradient to x.
+
+    Why this makes the fake a score: tutorials/03_from_kl_to_two_terms.ipynb.
+    """
     return F.mse_loss(fake(renoise(x.detach(), t, noise), t, text), x.detach() - noise)
 
 
@@ -131,6 +131,7 @@ def sample_tau(schedule, t, shift=1.0, generator=None):
     """Re-noising times (tau_dm, tau_ca), (B,) each, for the student's times t (Sec. 4.3).
 
     Each is uniform from its lowest value to 1 before the shift, which is applied afterwards.
+    Compared in tutorials/05_when_to_renoise.ipynb.
     """
     draws = torch.rand(2, len(t), generator=generator, dtype=t.dtype).to(t.device)
     if schedule == "coupled":
@@ -171,6 +172,7 @@ def training_step(nets, text, null_text, noise, settings, generator=None):
     """One iteration: an update of the student from `noise` (B, ...), then those of the fake.
 
     nets: Nets, below. `generator` makes all draws. -> metrics {name: number}
+    What each term does alone: tutorials/04_spear_and_shield.ipynb.
     """
     s = settings
     times = time_schedule(s.steps, s.shift)
@@ -266,342 +268,10 @@ def warm_up(nets, text, noise, settings, generator=None):
     return train_fake(nets, x, t, text, settings, generator)
 
 
-# --- Optional: applied to built networks from outside ---------------------------------------------
-#
-# Number format, less memory, low-rank adapters, several processes. training_step knows none of it.
-
-
-class AutocastNet:
-    """(x, t, text) -> v of a network with matrix products in `dtype`; counts the items that pass.
-
-    With parts > 1 a batch goes through in so many pieces, each computed again in the backward
-    pass. Memory is then that of one piece, and the gradient is that of the whole batch.
-    """
-
-    def __init__(self, net, device, dtype, parts=1):
-        self.net, self.parts = net, parts
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
-        self.forwards = self.backwards = 0
-
-    def __call__(self, x, t, text):
-        self.forwards += len(x)
-        self.backwards += len(x) * torch.is_grad_enabled()
-        call, texts = self.net, [text] * self.parts
-        if len(text.lengths) > 1:
-            texts = map(Text, *(tensor.chunk(self.parts) for tensor in text))
-        if torch.is_grad_enabled() and self.parts > 1:
-            call = partial(checkpoint, self.net, use_reentrant=True)
-            x = x.detach().requires_grad_()    # a reentrant checkpoint needs an input with gradient
-        with self.autocast():
-            return torch.cat([*map(call, x.chunk(self.parts), t.chunk(self.parts), texts)])
-
-
-def blocks_of(dit):
-    return [*dit.noise_refiner, *dit.context_refiner, *dit.layers]
-
-
-def checkpoint_activations(dit, contexts=noop_context_fn):
-    """Keeps only the inputs of blocks for the backward pass, which computes the rest again."""
-    for block in blocks_of(dit):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-
-
-def plain_dit(config, state):
-    """A frozen DiT with these tensors."""
-    with torch.device("meta"):
-        dit = DiT(config)
-    dit.load_state_dict(state, assign=True)
-    return dit.requires_grad_(False).eval()
-
-
-class AdapterLinear(nn.Linear):
-    """A frozen linear layer and its low-rank adapters: W x + B A x for the one that is on."""
-
-    def forward(self, x):
-        y, name = super().forward(x), self.adapters.on
-        if name is None:
-            return y
-        return y + F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name])
-
-
-class Adapters:
-    """Sets of low-rank adapters (LoRA) in the blocks of one frozen DiT; at most one set is on."""
-
-    def __init__(self, dit, rank, names, seed=0):
-        self.dit, self.rank, self.on = dit.requires_grad_(False), rank, None
-        generator = torch.Generator().manual_seed(seed)
-        blocks = {id(layer) for block in blocks_of(dit) for layer in block.modules()}
-        self.layers = {name: layer for name, layer in dit.named_modules()
-                       if id(layer) in blocks and type(layer) is nn.Linear}
-        for layer in self.layers.values():
-            # Orthonormal rows: at full rank a gradient step on B is that step on the weight.
-            A = nn.init.orthogonal_(torch.empty(rank, layer.in_features), generator=generator)
-            A = A.to(layer.weight.device)
-            B = A.new_zeros(layer.out_features, rank)
-            layer.lora_A = nn.ParameterDict({name: A.clone() for name in names})
-            layer.lora_B = nn.ParameterDict({name: B.clone() for name in names})
-            layer.adapters, layer.__class__ = self, AdapterLinear
-
-    @contextmanager
-    def use(self, name):
-        """A context in which the set `name` is on (None: none)."""
-        before, self.on = self.on, name
-        try:
-            yield
-        finally:
-            self.on = before
-
-    def call(self, name, x, t, text):
-        """The velocity with the set `name` on."""
-        with self.use(name):
-            return self.dit(x, t, text)
-
-    def contexts(self):
-        """For checkpoint_activations: the second computation uses the set that is on now."""
-        return nullcontext(), self.use(self.on)
-
-    def weights(self, name):
-        return {f"{key}.{matrix}": getattr(layer, matrix)[name]
-                for key, layer in self.layers.items() for matrix in ("lora_A", "lora_B")}
-
-    @torch.no_grad()
-    def merged(self, name):
-        """A plain DiT with the weights W + B A."""
-        state = {key: w for key, w in self.dit.state_dict().items() if ".lora_" not in key}
-        for key, layer in self.layers.items():
-            w = layer.weight + layer.lora_B[name] @ layer.lora_A[name]
-            state[f"{key}.weight"] = w.to(layer.weight.dtype)
-        return plain_dit(self.dit.config, state)
-
-    def save(self, name, path):
-        """Writes a LoRA file: "diffusion_model.", official names, alpha equal to the rank."""
-        tensors = {}
-        for key, layer in self.layers.items():
-            stem = convert_weights.rename(key, convert_weights.OFFICIAL_NAMES["dit"])
-            for matrix in ("lora_A", "lora_B"):
-                w = getattr(layer, matrix)[name].detach().cpu()
-                tensors[f"diffusion_model.{stem}.{matrix}.weight"] = w
-            tensors[f"diffusion_model.{stem}.alpha"] = torch.tensor(float(self.rank))
-        write_whole(path, partial(save_file, tensors))
-
-
-class Processes(TorchFunctionMode):
-    """The processes of torchrun, of which each takes its share of every batch. Usually one.
-
-    As a context: torch.rand (..., B) and torch.randn (B, ...) draw the whole batch and return
-    this process's share. So random numbers belong to an item of the batch, not to a process.
-    """
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def share(self, x):
-        return x.chunk(self.count)[self.rank]
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.rand:
-            draws = function(*args[:-1], args[-1] * self.count, **kwargs)
-            return self.share(draws.movedim(-1, 0)).movedim(0, -1)
-        if function is torch.randn:
-            return self.share(function(args[0][0] * self.count, *args[0][1:], **kwargs))
-        return function(*args, **(kwargs or {}))
-
-    def mean(self, metrics):
-        """{name: number}, averaged over processes."""
-        values = torch.tensor(list(metrics.values()), dtype=torch.float64)
-        if self.count > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return dict(zip(metrics, (values / self.count).tolist(), strict=True))
-
-    def from_first(self, value=None):
-        """What the first process has. It returns when all processes have come here."""
-        values = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(values, device=self.device)
-            dist.barrier()
-        return values[0]
-
-    def average_gradient(self, p):
-        dist.all_reduce(p.grad.div_(self.count))
-
-    def shard(self, dit, dtype):
-        """fully_shard, block by block: float32 weights and sums, products in `dtype`."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
-        for part in (*blocks_of(dit), dit):
-            fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
-
-
-# --- What a run trains ----------------------------------------------------------------------------
-
-LEARNERS = ("student", "fake", "averaged")
-
-
-class WholeNetworks:
-    """Student, fake and the student's average as copies of the teacher."""
-
-    def __init__(self, teacher, args, processes):
-        self.nets = {"teacher": teacher.requires_grad_(False)}
-        for name in LEARNERS:
-            state = teacher.state_dict()
-            if processes.count == 1:           # sharding makes copies anyway
-                state = {key: w.to(torch.float32, copy=True) for key, w in state.items()}
-            self.nets[name] = plain_dit(teacher.config, state).requires_grad_(name != "averaged")
-            if args.checkpoint_activations:
-                checkpoint_activations(self.nets[name])
-        if processes.count > 1:
-            for net in self.nets.values():
-                processes.shard(net, args.dtype)
-        self.weights = {name: dict(self.nets[name].named_parameters()) for name in LEARNERS}
-
-    def plain(self):
-        """The average as a DiT that is not sharded. All processes have to call this."""
-        net = self.nets["averaged"]
-        if not hasattr(net, "unshard"):
-            return net
-        state = {name: w.full_tensor().cpu() for name, w in net.state_dict().items()}
-        return plain_dit(net.config, state)
-
-
-class LowRankNetworks:
-    """Student, fake and the student's average as sets of adapters in the teacher itself."""
-
-    def __init__(self, teacher, args, processes):
-        self.adapters = Adapters(teacher, args.lora, LEARNERS, args.seed)
-        if args.checkpoint_activations:
-            checkpoint_activations(teacher, self.adapters.contexts)
-        self.nets = {name: partial(self.adapters.call, name) for name in LEARNERS}
-        self.nets["teacher"] = partial(self.adapters.call, None)
-        self.weights = {name: self.adapters.weights(name) for name in LEARNERS}
-        self.plain = partial(self.adapters.merged, "averaged")
-        for name, weights in self.weights.items():
-            for p in weights.values():
-                p.requires_grad_(name != "averaged")
-                if processes.count > 1 and p.requires_grad:
-                    p.register_post_accumulate_grad_hook(processes.average_gradient)
-
-
-def adam(weights, lr, momentum):
-    """AdamW with its state made at once, so that every checkpoint has the same tensors."""
-    optimizer = torch.optim.AdamW(weights.values(), lr, betas=(momentum, 0.99), weight_decay=0.0)
-    for p in weights.values():
-        state = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
-    return optimizer
-
-
-@torch.no_grad()
-def interpolate(weights, targets, share):
-    """Moves `weights` by this share of the way to `targets`, in place."""
-    for name, target in targets.items():
-        weights[name].lerp_(target.detach(), share)
-
-
-# --- Prompts --------------------------------------------------------------------------------------
-
-
-class PromptFile:
-    """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large."""
-
-    def __init__(self, path):
-        self.path, self.starts, position = path, [], 0
-        try:
-            with open(path, "rb") as file:
-                for line in file:
-                    if line.decode("utf-8-sig").strip():
-                        self.starts.append(position)
-                    position += len(line)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"cannot read the prompts in {path}: {reason}") from None
-        if not self.starts:
-            raise UserError(f"--prompts: there is no prompt in {path}")
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return file.readline().decode("utf-8-sig").strip()
-
-
-class FeatureCache:
-    """The text features of all prompts in safetensors files, encoded once.
-
-    `key` says of which text encoder, tokenizer and prompts; a cache of others is refused.
-    """
-    SIZE = 256                   # prompts a file
-
-    def __init__(self, folder, pipeline, prompts, key, processes):
-        self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
-        if processes.rank == 0 and not note.exists():
-            write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
-        processes.from_first()
-        if convert_weights.read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
-                            "prompt file; name another directory")
-        starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
-        for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
-            items = range(start, min(start + self.SIZE, len(prompts)))
-            text = encode_prompts(pipeline, [prompts[i] for i in items])
-            features = {str(i): f[:n].contiguous() for i, f, n in zip(items, *text, strict=True)}
-            write_whole(self.file(start), partial(save_file, features))
-        processes.from_first()
-
-    def file(self, i):
-        return self.folder / f"{i // self.SIZE:06d}.safetensors"
-
-    def __call__(self, items):
-        features = []
-        for i in items:
-            with safe_open(self.file(i), "pt") as file:
-                features.append(file.get_tensor(str(i)))
-        lengths = torch.tensor([len(f) for f in features], device=self.device)
-        return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
-
-
 # --- The run --------------------------------------------------------------------------------------
 
 WARMUP = 20            # updates over which the student's learning rate rises
 MAX_SKIPPED = 10       # iterations in a row without a finite gradient that end a run
-FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
-               dcp.api.CheckpointException)
-
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors."""
-    warmed: int = 0          # iterations of the warm-up
-    done: int = 0            # iterations of the student
-    skipped: int = 0         # of them, those whose gradient was not finite
-    in_a_row: int = 0        # of those, the newest without another between them
-    seconds: float = 0.0
-    saturation: float = 0.0  # of the newest sample pictures
-    recent: list = field(default_factory=list)     # metrics since the last line of the log
-
-
-class StopSignals:
-    """A context in which SIGINT and SIGTERM only set `number`; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.number = 0
-        self.before = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, number, frame):
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def __exit__(self, *_):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
 
 
 class Run:
@@ -613,26 +283,26 @@ class Run:
 
     def __init__(self, pipeline, prompts, settings, args, adjust=None, **parts):
         self.pipeline, self.prompts, self.settings, self.args = pipeline, prompts, settings, args
-        self.out, self.processes = Path(args.out), Processes(pipeline.device)
+        self.out, self.processes = Path(args.out), scale.Processes(pipeline.device)
         self.draws = self.processes if self.processes.count > 1 else nullcontext()
         self.null_text, first = encode_prompts(pipeline, [""]), range(min(16, len(prompts)))
         self.shown = [self.encode(first[i:i + args.batch_size]) for i in first[::args.batch_size]]
         self.texts = self.encode
         if args.cache_features:
-            self.texts = FeatureCache(
+            self.texts = scale.FeatureCache(
                 args.cache_features, pipeline, prompts, fingerprints(args)[1:], self.processes)
-        networks = LowRankNetworks if args.lora else WholeNetworks
+        networks = scale.LowRankNetworks if args.lora else scale.WholeNetworks
         self.learners = networks(pipeline.dit, args, self.processes)
         if adjust:
             adjust(self.learners)
-        nets = {name: AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
+        nets = {name: scale.AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
                 for name, net in self.learners.nets.items()}
         self.averaged, self.counted = nets.pop("averaged"), nets.values()
         # The student uses momentum because its gradient is noisy. The fake uses none because it
         # must follow the student quickly.
         weights = self.learners.weights
-        nets["student_optimizer"] = adam(weights["student"], args.lr, 0.9)
-        nets["fake_optimizer"] = adam(weights["fake"], args.fake_lr, 0.0)
+        nets["student_optimizer"] = scale.adam(weights["student"], args.lr, 0.9)
+        nets["fake_optimizer"] = scale.adam(weights["fake"], args.fake_lr, 0.0)
         self.nets = Nets(**nets | ({"dm": no_dm} if args.no_dm else {}) | parts)
         side = pipeline.size // pipeline.vae.config.downsampling
         self.shape = (pipeline.dit.config.in_channels, side, side)
@@ -680,9 +350,10 @@ class Run:
             p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
             return
         p.in_a_row = 0
-        interpolate(weights["averaged"], weights["student"], 1 - min(args.ema, (i + 1) / (i + 10)))
+        keep = min(args.ema, (i + 1) / (i + 10))
+        scale.interpolate(weights["averaged"], weights["student"], 1 - keep)
         if args.follow:
-            interpolate(weights["fake"], weights["student"], args.follow)
+            scale.interpolate(weights["fake"], weights["student"], args.follow)
         metrics["forwards"] = sum(net.forwards for net in self.counted) / len(noise)
         metrics["backwards"] = sum(net.backwards for net in self.counted) / len(noise)
         p.recent.append(self.processes.mean(metrics))
@@ -735,46 +406,12 @@ class Run:
         return tensors
 
     def save_checkpoint(self):
-        """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled."""
-        folder, p, first = self.out / "checkpoints", self.progress, self.processes.rank == 0
-        target = folder / f"{p.warmed + p.done:08d}"
-        folder.mkdir(exist_ok=True)
-        try:
-            place = convert_weights.temporary(folder, ".part-", Path.mkdir)
-            with place if first else nullcontext() as made:
-                part = self.processes.from_first(made)
-                writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-                dcp.save(self.tensors(), storage_writer=writer)
-                if first and not target.exists():
-                    (part / "progress.json").write_text(json.dumps(asdict(p)))
-                    os.replace(part, target)
-        except FILE_FAULTS as error:
-            raise UserError(f"cannot write {target}: {first_line(error)}") from None
-        for old in sorted(folder.glob("[0-9]*"))[:-self.args.keep] if first else ():
-            shutil.rmtree(old)
+        place = self.out / "checkpoints"
+        scale.save_checkpoint(place, self.tensors(), self.progress, self.args.keep, self.processes)
 
     def load(self):
         """The newest checkpoint -> Progress; of a new run its start. The log is cut back to it."""
-        folders = sorted((self.out / "checkpoints").glob("[0-9]*"))
-        if not folders:
-            return Progress()
-        try:
-            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
-            dcp.load(self.tensors(), storage_reader=reader)
-            progress = Progress(**convert_weights.read_json(folders[-1] / "progress.json"))
-            for name, value in asdict(Progress()).items():
-                if type(getattr(progress, name)) is not type(value):
-                    raise ValueError(f"{name} is {getattr(progress, name)!r}")
-            lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            # A killed process can leave half a line: it does not end in a newline.
-            lines = [line for line in lines if line.endswith("\n")
-                     and json.loads(line)["iteration"] <= progress.done]
-        except FILE_FAULTS as error:
-            raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
-                            "remove it to go on from the checkpoint before it") from None
-        if self.processes.rank == 0:
-            write_whole(self.out / "log.jsonl", lambda part: part.write_text("".join(lines)))
-        return progress
+        return scale.load_checkpoint(self.out, self.tensors(), self.processes)
 
     def log(self):
         """A line of log.jsonl: means over the iterations since the last line."""
@@ -805,10 +442,6 @@ class Run:
             raise SystemExit(130 if number == signal.SIGINT else 0)
 
 
-def first_line(error):
-    return str(error).strip().split("\n")[0]
-
-
 def learning_rate(i, args):
     """The student's rate in update i (from 0): up over WARMUP updates, then linearly to 0."""
     fall = 1 if args.constant_rate else 1 - i / args.iterations
@@ -837,7 +470,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
     # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
     # for forward and backward passes together, because checkpoints compute again in the latter.
     kernel = sdpa_kernel(SDPBackend.MATH) if pipeline.device.type == "cpu" else nullcontext()
-    with StopSignals() as stop, bar, kernel:
+    with scale.StopSignals() as stop, bar, kernel:
         for i in range(p.warmed, args.warmup):
             run.warm_up(i)
             bar.update()
@@ -954,7 +587,7 @@ def resumed_arguments(args, given):
     out = Path(args.out)
     if (out / "state.pt").exists():
         raise UserError(f"--resume: {out}/state.pt is from an older distill.py: begin a new run")
-    config = read_run(out)
+    config = scale.read_run(out)
     if config is None or not any((out / "checkpoints").glob("[0-9]*")):
         raise UserError(f"--resume: there is no checkpoint of a run in {out}")
     words = config.get("arguments")
@@ -972,38 +605,10 @@ def resumed_arguments(args, given):
     return args
 
 
-def read_run(out):
-    """The config.json of a run, or None if `out` is not the folder of one."""
-    try:
-        config = convert_weights.read_json(out / "config.json")
-    except UserError:
-        return None
-    return config if config.get("made_by") == "distill.py" else None
-
-
 def fingerprints(args):
     """What the teacher and the prompts are, wherever they lie."""
     files = args.teacher or BUNDLED / "teacher", args.prompts or BUNDLED / "prompts.txt"
     return [fingerprint(file) for file in files]
-
-
-def prepare_folder(args):
-    """Makes args.out the folder of this run, and writes down how to repeat it."""
-    out = Path(args.out)
-    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if read_run(out) is None:
-            raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
-        if not args.overwrite:
-            raise UserError(f"there is a run in {out}: go on with it by --resume, remove it by "
-                            "--overwrite, or give another --out")
-        for name in ("checkpoints", "samples", "student"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("lora.safetensors", "log.jsonl", "config.json"):
-            (out / name).unlink(missing_ok=True)
-    config = {"made_by": "distill.py", "torch": torch.__version__,
-              "fingerprints": fingerprints(args), "arguments": as_arguments(args)}
-    write_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
-    (out / "log.jsonl").touch()
 
 
 @sampler.advise_on_errors("a smaller --batch-size or --size, --accumulate, "
@@ -1019,8 +624,8 @@ def main():
     device = sampler.find_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     sampler.keep_freed_memory()
-    prompts = PromptFile(args.prompts or BUNDLED / "prompts.txt")
-    processes = Processes(device)
+    prompts = scale.PromptFile(args.prompts or BUNDLED / "prompts.txt")
+    processes = scale.Processes(device)
     if args.batch_size % processes.count:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared equally by "
                         f"{processes.count} processes")
@@ -1034,7 +639,9 @@ def main():
                       "little effect", stacklevel=1)
     settings = make_settings(args, pipeline)
     if processes.rank == 0:
-        prepare_folder(args)
+        scale.prepare_folder(args, {"made_by": "distill.py", "torch": torch.__version__,
+                                    "fingerprints": fingerprints(args),
+                                    "arguments": as_arguments(args)})
     processes.from_first()
     train(pipeline, prompts, settings, args)
     if processes.rank == 0:

@@ -90,7 +90,7 @@ def time_schedule(steps, shift):
     """Times of a run of N steps, (N + 1,) float32, rising from 0 (noise) to 1 (data).
 
     The noise levels sigma = 1 - t of a uniform grid are shifted towards noise, as by diffusers'
-    FlowMatchEulerDiscreteScheduler: sigma -> s sigma / (1 + (s - 1) sigma).
+    FlowMatchEulerDiscreteScheduler: sigma -> s sigma / (1 + (s - 1) sigma). See tutorials/01.
     """
     sigma = torch.cat((torch.linspace(1, 1 / max(steps, 1), max(steps, 1)), torch.zeros(1)))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
@@ -110,7 +110,7 @@ def sample(net, noise, text, times, guidance=0.0, negative=None, cfg_normalizati
     guidance: the official pipeline's g, the paper's alpha - 1. At 0 `negative` is not needed.
     cfg_normalization: see limit_norm. cfg_truncation: no guidance at times above it.
     guidance_every k: v - v_negative changes slowly, so compute it in every k-th step only.
-    callback(i, x): called after step i.
+    callback(i, x): called after step i. Explained in tutorials/01_flow_matching.ipynb.
     """
     if guidance > 0 and negative is None:
         raise ValueError("guidance needs `negative`, the encoded negative prompt")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import distill
 import sampler
+import scale
 from conftest import TINY, Recorder, refused, run_here
 
 
@@ -197,7 +198,7 @@ def test_a_prompt_file_is_read_line_by_line(tmp_path):
     lines = [f"prompt {i} 猫" for i in range(5000)]
     path = tmp_path / "many.txt"
     path.write_text("\ufeff" + "\n\n".join(lines) + "\n  \n", encoding="utf-8")
-    prompts = distill.PromptFile(path)
+    prompts = scale.PromptFile(path)
     assert len(prompts) == 5000 and [prompts[i] for i in (0, 17, 4999)] == [
         lines[i] for i in (0, 17, 4999)]
     assert max(len(str(value)) for value in vars(prompts).values()) < 10 * 5000   # places only

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 import convert_weights
 import distill
 import sampler
+import scale
 from conftest import ROOT, TINY, refused, relative_error
-from distill import Adapters, AutocastNet, checkpoint_activations, proxy_loss
+from distill import proxy_loss
+from scale import Adapters, AutocastNet, checkpoint_activations
 from test_distill_run import Command
 
 CPU = torch.device("cpu")
@@ -215,9 +217,9 @@ def test_less_memory_is_the_same_run(command, options, prompts):
 
 
 def test_cached_features_are_those_of_the_encoder(command, tmp_path):
-    prompts, pipeline = distill.PromptFile(command.prompts), sampler.load_pipeline(TINY)
-    cache = distill.FeatureCache(tmp_path / "cache", pipeline, prompts, "key",
-                                 distill.Processes(CPU))
+    prompts, pipeline = scale.PromptFile(command.prompts), sampler.load_pipeline(TINY)
+    cache = scale.FeatureCache(tmp_path / "cache", pipeline, prompts, "key",
+                                 scale.Processes(CPU))
     cached, direct = cache([2, 0]), sampler.encode_prompts(pipeline, [prompts[2], prompts[0]])
     assert torch.equal(cached.lengths, direct.lengths)
     for a, b, n in zip(cached.features, direct.features, direct.lengths, strict=True):
@@ -227,7 +229,7 @@ def test_cached_features_are_those_of_the_encoder(command, tmp_path):
 
 def test_a_cache_is_made_once_and_goes_on(command, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(distill.FeatureCache, "SIZE", 2)
+    monkeypatch.setattr(scale.FeatureCache, "SIZE", 2)
     assert command("--cache-features", cache).returncode == 0
     files = sorted(cache.glob("*.safetensors"))
     assert len(files) == 2
@@ -304,7 +306,7 @@ def test_when_one_process_dies_the_others_end(command):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(command, monkeypatch):
-    monkeypatch.setattr(distill.Processes, "__init__", three_processes)
+    monkeypatch.setattr(scale.Processes, "__init__", three_processes)
     assert refused(command(), "--batch-size", "3 processes")
     assert not command.out.exists()
 
@@ -317,7 +319,7 @@ def test_draws_belong_to_the_item_not_to_the_process():
     """The shares of two processes, put together, are what one process draws."""
     shares = []
     for rank in range(2):
-        processes = distill.Processes(CPU)
+        processes = scale.Processes(CPU)
         processes.rank, processes.count = rank, 2
         g = torch.Generator().manual_seed(0)
         with processes:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 
 import distill
+import scale
 from convert_weights import UserError, run_command
 from model import DiT, DiTConfig, Text
 
@@ -44,13 +45,13 @@ def random_dit(config, device, dtype):
 
 
 def make_nets(dit, args, device):
-    networks = distill.LowRankNetworks if args.lora else distill.WholeNetworks
-    learners = networks(dit, args, distill.Processes(device))
-    nets = {name: distill.AutocastNet(learners.nets[name], device, args.dtype, args.accumulate)
+    networks = scale.LowRankNetworks if args.lora else scale.WholeNetworks
+    learners = networks(dit, args, scale.Processes(device))
+    nets = {name: scale.AutocastNet(learners.nets[name], device, args.dtype, args.accumulate)
             for name in ("teacher", "student", "fake")}
     return distill.Nets(
-        **nets, student_optimizer=distill.adam(learners.weights["student"], args.lr, 0.9),
-        fake_optimizer=distill.adam(learners.weights["fake"], args.fake_lr, 0.0))
+        **nets, student_optimizer=scale.adam(learners.weights["student"], args.lr, 0.9),
+        fake_optimizer=scale.adam(learners.weights["fake"], args.fake_lr, 0.0))
 
 
 def make_batch(config, device, size, batch, tokens=64):
@@ -164,7 +165,7 @@ def parameters_of(config, rank):
     with torch.device("meta"):
         dit = DiT(config)
     whole = sum(p.numel() for p in dit.parameters())
-    linears = [layer for block in distill.blocks_of(dit) for layer in block.modules()
+    linears = [layer for block in scale.blocks_of(dit) for layer in block.modules()
                if type(layer) is torch.nn.Linear]
     return whole, sum(rank * (layer.in_features + layer.out_features) for layer in linears)
 

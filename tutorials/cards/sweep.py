@@ -30,6 +30,7 @@ import data  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import sampler  # noqa: E402
+import scale  # noqa: E402
 import shields  # noqa: E402
 from convert_weights import Parser, UserError, number, run_command  # noqa: E402
 from distill import cfg_augmentation, data_estimate, no_dm, renoise, time_schedule  # noqa: E402
@@ -90,7 +91,7 @@ def fresh_images(pipeline, args):
         return distill.fake_loss(fake, x, t, text, noise)
 
     def adjust(learners):
-        found["student"] = distill.AutocastNet(
+        found["student"] = scale.AutocastNet(
             learners.nets["student"], pipeline.device, args.dtype)
     return {"fake_loss": loss, "adjust": adjust}
 
@@ -195,7 +196,7 @@ def run_variant(name, seed, options, job):
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipeline = sampler.load_pipeline(args.teacher or distill.BUNDLED / "teacher", device)
     settings = distill.make_settings(args, pipeline)
-    prompts = distill.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
+    prompts = scale.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
     student = distill.train(pipeline, prompts, settings, args, **changes(pipeline, args))
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     minutes = json.loads(log[-1])["seconds"] / 60

@@ -1,0 +1,458 @@
+"""From a laptop to a cluster: what a run of distill.py adds around the method.
+
+training_step knows nothing of this file. Each part is applied to built networks from outside:
+
+    AutocastNet              matrix products in bfloat16, a batch in pieces
+    checkpoint_activations   less memory for the backward pass
+    Adapters                 student and fake as low-rank adapters of one frozen teacher (LoRA)
+    Processes                several processes, weights in shards (torchrun, fully_shard)
+    PromptFile, FeatureCache prompts of any number, encoded once
+    save_checkpoint          a run that is killed goes on where it was
+
+tutorials/from_laptop_to_cluster.md has the commands.
+"""
+
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+from tqdm import tqdm
+
+import convert_weights
+from convert_weights import UserError, write_whole
+from model import DiT, Text
+from sampler import encode_prompts
+
+# --- Number format and memory ---------------------------------------------------------------------
+
+
+class AutocastNet:
+    """(x, t, text) -> v of a network with matrix products in `dtype`; counts the items that pass.
+
+    With parts > 1 a batch goes through in so many pieces, each computed again in the backward
+    pass. Memory is then that of one piece, and the gradient is that of the whole batch.
+    """
+
+    def __init__(self, net, device, dtype, parts=1):
+        self.net, self.parts = net, parts
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
+        self.forwards = self.backwards = 0
+
+    def __call__(self, x, t, text):
+        self.forwards += len(x)
+        self.backwards += len(x) * torch.is_grad_enabled()
+        call, texts = self.net, [text] * self.parts
+        if len(text.lengths) > 1:
+            texts = map(Text, *(tensor.chunk(self.parts) for tensor in text))
+        if torch.is_grad_enabled() and self.parts > 1:
+            call = partial(checkpoint, self.net, use_reentrant=True)
+            x = x.detach().requires_grad_()    # a reentrant checkpoint needs an input with gradient
+        with self.autocast():
+            return torch.cat([*map(call, x.chunk(self.parts), t.chunk(self.parts), texts)])
+
+
+def blocks_of(dit):
+    return [*dit.noise_refiner, *dit.context_refiner, *dit.layers]
+
+
+def checkpoint_activations(dit, contexts=noop_context_fn):
+    """Keeps only the inputs of blocks for the backward pass, which computes the rest again."""
+    for block in blocks_of(dit):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def plain_dit(config, state):
+    """A frozen DiT with these tensors."""
+    with torch.device("meta"):
+        dit = DiT(config)
+    dit.load_state_dict(state, assign=True)
+    return dit.requires_grad_(False).eval()
+
+
+class AdapterLinear(nn.Linear):
+    """A frozen linear layer and its low-rank adapters: W x + B A x for the one that is on."""
+
+    def forward(self, x):
+        y, name = super().forward(x), self.adapters.on
+        if name is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name])
+
+
+class Adapters:
+    """Sets of low-rank adapters (LoRA) in the blocks of one frozen DiT; at most one set is on."""
+
+    def __init__(self, dit, rank, names, seed=0):
+        self.dit, self.rank, self.on = dit.requires_grad_(False), rank, None
+        generator = torch.Generator().manual_seed(seed)
+        blocks = {id(layer) for block in blocks_of(dit) for layer in block.modules()}
+        self.layers = {name: layer for name, layer in dit.named_modules()
+                       if id(layer) in blocks and type(layer) is nn.Linear}
+        for layer in self.layers.values():
+            # Orthonormal rows: at full rank a gradient step on B is that step on the weight.
+            A = nn.init.orthogonal_(torch.empty(rank, layer.in_features), generator=generator)
+            A = A.to(layer.weight.device)
+            B = A.new_zeros(layer.out_features, rank)
+            layer.lora_A = nn.ParameterDict({name: A.clone() for name in names})
+            layer.lora_B = nn.ParameterDict({name: B.clone() for name in names})
+            layer.adapters, layer.__class__ = self, AdapterLinear
+
+    @contextmanager
+    def use(self, name):
+        """A context in which the set `name` is on (None: none)."""
+        before, self.on = self.on, name
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def call(self, name, x, t, text):
+        """The velocity with the set `name` on."""
+        with self.use(name):
+            return self.dit(x, t, text)
+
+    def contexts(self):
+        """For checkpoint_activations: the second computation uses the set that is on now."""
+        return nullcontext(), self.use(self.on)
+
+    def weights(self, name):
+        return {f"{key}.{matrix}": getattr(layer, matrix)[name]
+                for key, layer in self.layers.items() for matrix in ("lora_A", "lora_B")}
+
+    @torch.no_grad()
+    def merged(self, name):
+        """A plain DiT with the weights W + B A."""
+        state = {key: w for key, w in self.dit.state_dict().items() if ".lora_" not in key}
+        for key, layer in self.layers.items():
+            w = layer.weight + layer.lora_B[name] @ layer.lora_A[name]
+            state[f"{key}.weight"] = w.to(layer.weight.dtype)
+        return plain_dit(self.dit.config, state)
+
+    def save(self, name, path):
+        """Writes a LoRA file: "diffusion_model.", official names, alpha equal to the rank."""
+        tensors = {}
+        for key, layer in self.layers.items():
+            stem = convert_weights.rename(key, convert_weights.OFFICIAL_NAMES["dit"])
+            for matrix in ("lora_A", "lora_B"):
+                w = getattr(layer, matrix)[name].detach().cpu()
+                tensors[f"diffusion_model.{stem}.{matrix}.weight"] = w
+            tensors[f"diffusion_model.{stem}.alpha"] = torch.tensor(float(self.rank))
+        write_whole(path, partial(save_file, tensors))
+
+
+class Processes(TorchFunctionMode):
+    """The processes of torchrun, of which each takes its share of every batch. Usually one.
+
+    As a context: torch.rand (..., B) and torch.randn (B, ...) draw the whole batch and return
+    this process's share. So random numbers belong to an item of the batch, not to a process.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def share(self, x):
+        return x.chunk(self.count)[self.rank]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.rand:
+            draws = function(*args[:-1], args[-1] * self.count, **kwargs)
+            return self.share(draws.movedim(-1, 0)).movedim(0, -1)
+        if function is torch.randn:
+            return self.share(function(args[0][0] * self.count, *args[0][1:], **kwargs))
+        return function(*args, **(kwargs or {}))
+
+    def mean(self, metrics):
+        """{name: number}, averaged over processes."""
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64)
+        if self.count > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return dict(zip(metrics, (values / self.count).tolist(), strict=True))
+
+    def from_first(self, value=None):
+        """What the first process has. It returns when all processes have come here."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, device=self.device)
+            dist.barrier()
+        return values[0]
+
+    def average_gradient(self, p):
+        dist.all_reduce(p.grad.div_(self.count))
+
+    def shard(self, dit, dtype):
+        """fully_shard, block by block: float32 weights and sums, products in `dtype`."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
+        for part in (*blocks_of(dit), dit):
+            fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
+
+
+# --- What a run trains ----------------------------------------------------------------------------
+
+LEARNERS = ("student", "fake", "averaged")
+
+
+class WholeNetworks:
+    """Student, fake and the student's average as copies of the teacher."""
+
+    def __init__(self, teacher, args, processes):
+        self.nets = {"teacher": teacher.requires_grad_(False)}
+        for name in LEARNERS:
+            state = teacher.state_dict()
+            if processes.count == 1:           # sharding makes copies anyway
+                state = {key: w.to(torch.float32, copy=True) for key, w in state.items()}
+            self.nets[name] = plain_dit(teacher.config, state).requires_grad_(name != "averaged")
+            if args.checkpoint_activations:
+                checkpoint_activations(self.nets[name])
+        if processes.count > 1:
+            for net in self.nets.values():
+                processes.shard(net, args.dtype)
+        self.weights = {name: dict(self.nets[name].named_parameters()) for name in LEARNERS}
+
+    def plain(self):
+        """The average as a DiT that is not sharded. All processes have to call this."""
+        net = self.nets["averaged"]
+        if not hasattr(net, "unshard"):
+            return net
+        state = {name: w.full_tensor().cpu() for name, w in net.state_dict().items()}
+        return plain_dit(net.config, state)
+
+
+class LowRankNetworks:
+    """Student, fake and the student's average as sets of adapters in the teacher itself."""
+
+    def __init__(self, teacher, args, processes):
+        self.adapters = Adapters(teacher, args.lora, LEARNERS, args.seed)
+        if args.checkpoint_activations:
+            checkpoint_activations(teacher, self.adapters.contexts)
+        self.nets = {name: partial(self.adapters.call, name) for name in LEARNERS}
+        self.nets["teacher"] = partial(self.adapters.call, None)
+        self.weights = {name: self.adapters.weights(name) for name in LEARNERS}
+        self.plain = partial(self.adapters.merged, "averaged")
+        for name, weights in self.weights.items():
+            for p in weights.values():
+                p.requires_grad_(name != "averaged")
+                if processes.count > 1 and p.requires_grad:
+                    p.register_post_accumulate_grad_hook(processes.average_gradient)
+
+
+def adam(weights, lr, momentum):
+    """AdamW with its state made at once, so that every checkpoint has the same tensors."""
+    optimizer = torch.optim.AdamW(weights.values(), lr, betas=(momentum, 0.99), weight_decay=0.0)
+    for p in weights.values():
+        state = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
+    return optimizer
+
+
+@torch.no_grad()
+def interpolate(weights, targets, share):
+    """Moves `weights` by this share of the way to `targets`, in place."""
+    for name, target in targets.items():
+        weights[name].lerp_(target.detach(), share)
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+class PromptFile:
+    """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large."""
+
+    def __init__(self, path):
+        self.path, self.starts, position = path, [], 0
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.decode("utf-8-sig").strip():
+                        self.starts.append(position)
+                    position += len(line)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read the prompts in {path}: {reason}") from None
+        if not self.starts:
+            raise UserError(f"--prompts: there is no prompt in {path}")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            return file.readline().decode("utf-8-sig").strip()
+
+
+class FeatureCache:
+    """The text features of all prompts in safetensors files, encoded once.
+
+    `key` says of which text encoder, tokenizer and prompts; a cache of others is refused.
+    """
+    SIZE = 256                   # prompts a file
+
+    def __init__(self, folder, pipeline, prompts, key, processes):
+        self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
+        if processes.rank == 0 and not note.exists():
+            write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
+        processes.from_first()
+        if convert_weights.read_json(note).get("key") != key:
+            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
+                            "prompt file; name another directory")
+        starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
+        for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
+            items = range(start, min(start + self.SIZE, len(prompts)))
+            text = encode_prompts(pipeline, [prompts[i] for i in items])
+            features = {str(i): f[:n].contiguous() for i, f, n in zip(items, *text, strict=True)}
+            write_whole(self.file(start), partial(save_file, features))
+        processes.from_first()
+
+    def file(self, i):
+        return self.folder / f"{i // self.SIZE:06d}.safetensors"
+
+    def __call__(self, items):
+        features = []
+        for i in items:
+            with safe_open(self.file(i), "pt") as file:
+                features.append(file.get_tensor(str(i)))
+        lengths = torch.tensor([len(f) for f in features], device=self.device)
+        return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+               dcp.api.CheckpointException)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+    warmed: int = 0          # iterations of the warm-up
+    done: int = 0            # iterations of the student
+    skipped: int = 0         # of them, those whose gradient was not finite
+    in_a_row: int = 0        # of those, the newest without another between them
+    seconds: float = 0.0
+    saturation: float = 0.0  # of the newest sample pictures
+    recent: list = field(default_factory=list)     # metrics since the last line of the log
+
+
+class StopSignals:
+    """A context in which SIGINT and SIGTERM only set `number`; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+
+def save_checkpoint(folder, tensors, progress, keep, processes):
+    """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled.
+
+    Written beside its place and renamed; the newest `keep` stay. All processes have to call this.
+    """
+    first = processes.rank == 0
+    target = folder / f"{progress.warmed + progress.done:08d}"
+    folder.mkdir(exist_ok=True)
+    try:
+        place = convert_weights.temporary(folder, ".part-", Path.mkdir)
+        with place if first else nullcontext() as made:
+            part = processes.from_first(made)
+            writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
+            if first and not target.exists():
+                (part / "progress.json").write_text(json.dumps(asdict(progress)))
+                os.replace(part, target)
+    except FILE_FAULTS as error:
+        raise UserError(f"cannot write {target}: {first_line(error)}") from None
+    for old in sorted(folder.glob("[0-9]*"))[:-keep] if first else ():
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, tensors, processes):
+    """Reads the newest checkpoint of the run in `out` into `tensors` -> Progress.
+
+    Lines of log.jsonl that are newer are cut off. A new run has no checkpoint and stands at 0.
+    """
+    folders = sorted((out / "checkpoints").glob("[0-9]*"))
+    if not folders:
+        return Progress()
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
+        progress = read_progress(folders[-1] / "progress.json")
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        # A killed process can leave half a line: it does not end in a newline.
+        lines = [line for line in lines if line.endswith("\n")
+                 and json.loads(line)["iteration"] <= progress.done]
+    except FILE_FAULTS as error:
+        raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
+                        "remove it to go on from the checkpoint before it") from None
+    if processes.rank == 0:
+        write_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines)))
+    return progress
+
+
+def read_progress(path):
+    """progress.json -> Progress. ValueError or TypeError where it is damaged."""
+    progress = Progress(**convert_weights.read_json(path))
+    for name, value in asdict(Progress()).items():
+        if type(getattr(progress, name)) is not type(value):
+            raise ValueError(f"{name} is {getattr(progress, name)!r}")
+    return progress
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+# --- The folder of a run --------------------------------------------------------------------------
+
+
+def read_run(out):
+    """The config.json of a run, or None if `out` is not the folder of one."""
+    try:
+        config = convert_weights.read_json(out / "config.json")
+    except UserError:
+        return None
+    return config if config.get("made_by") == "distill.py" else None
+
+
+def prepare_folder(args, config):
+    """Makes args.out the folder of this run; config.json says how to repeat it."""
+    out = Path(args.out)
+    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if read_run(out) is None:
+            raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
+        if not args.overwrite:
+            raise UserError(f"there is a run in {out}: go on with it by --resume, remove it by "
+                            "--overwrite, or give another --out")
+        for name in ("checkpoints", "samples", "student"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("lora.safetensors", "log.jsonl", "config.json"):
+            (out / name).unlink(missing_ok=True)
+    write_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
+    (out / "log.jsonl").touch()
