@@ -17,7 +17,7 @@ there say where to push x. The push has two terms, each with its own tau and noi
 
 Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
-  - It learns on the images made before the student's update; the paper makes new ones each time.
+  - It learns on the images made before the student's update; the paper makes new ones.
   - z_t comes from the Euler steps of sampler.py. The paper leaves open how z_t is made.
   - Each term is divided by mean |x - x_hat(teacher, text)| of its item, and the loss weight
     lambda is 1. The paper names no normalizer and no lambda.
@@ -41,7 +41,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -79,7 +78,7 @@ def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
     """Delta_DM (B, ...), the shield: from the student's distribution to the data's (Eq. 6).
 
     x: the student's outputs; t: tau_dm (B,); normalize=False: the bare difference. No gradient.
-    Explained in tutorials/03_from_kl_to_two_terms.ipynb.
+    See tutorials/03.
     """
     x_t = renoise(x, t, noise)
     x_hat_real = data_estimate(teacher, x_t, t, text)
@@ -100,18 +99,12 @@ def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=Tru
 
 
 def proxy_loss(x, delta):
-    """1/2 mean |x - stop_grad(x + delta)|^2; its gradient with respect to x: -delta / x.numel().
-
-    tutorials/03_from_kl_to_two_terms.ipynb checks it.
-    """
+    """1/2 mean |x - stop_grad(x + delta)|^2, of gradient -delta / x.numel(). See tutorials/03."""
     return 0.5 * (x - (x + delta).detach()).square().mean()
 
 
 def fake_loss(fake, x, t, text, noise):
-    """Flow matching on the student's outputs x: mean |v - (x - noise)|^2. No gradient to x.
-
-    Why this makes the fake a score: tutorials/03_from_kl_to_two_terms.ipynb.
-    """
+    """Flow matching on x, without gradient to it: mean |v - (x - noise)|^2. See tutorials/03."""
     return F.mse_loss(fake(renoise(x.detach(), t, noise), t, text), x.detach() - noise)
 
 
@@ -171,8 +164,7 @@ class Settings:
 def training_step(nets, text, null_text, noise, settings, generator=None):
     """One iteration: an update of the student from `noise` (B, ...), then those of the fake.
 
-    nets: Nets, below. `generator` makes all draws. -> metrics {name: number}
-    What each term does alone: tutorials/04_spear_and_shield.ipynb.
+    nets: Nets, below. `generator` makes all draws. -> metrics {name: number}. See tutorials/04.
     """
     s = settings
     times = time_schedule(s.steps, s.shift)
@@ -383,7 +375,7 @@ class Run:
         if self.processes.rank == 0:
             images = sampler.decode(student, latents)
             p.saturation = float((images.amax(1) - images.amin(1)).mean())
-            picture = partial(picture_grid(images).save, format="PNG")
+            picture = partial(scale.picture_grid(images).save, format="PNG")
             write_whole(self.out / "samples" / f"{p.done:06d}.png", picture)
             convert_weights.save_pipeline(
                 self.out / "student", student.dit, student.text_encoder, student.vae,
@@ -446,14 +438,6 @@ def learning_rate(i, args):
     """The student's rate in update i (from 0): up over WARMUP updates, then linearly to 0."""
     fall = 1 if args.constant_rate else 1 - i / args.iterations
     return args.lr * max(min((i + 1) / WARMUP, fall), 0)
-
-
-def picture_grid(images, columns=8):
-    """(B, 3, H, W) in [0, 1] -> a picture with `columns` of them in a row, and lines between."""
-    images = F.pad(images, (1, 1, 1, 1), value=0.5)
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=0.5)
-    rows = [torch.cat([*row], 2) for row in images.split(columns)]            # (3, H + 2, width)
-    return Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
 def train(pipeline, prompts, settings, args, callback=None, **changes):
@@ -556,7 +540,7 @@ def parse_arguments(arguments=None):
 
 
 def absolute(path):
-    """An argparse type: a path that stays right when a run goes on from another directory."""
+    """An argparse type: a path that stays right in another directory."""
     return str(Path(path).absolute())
 
 

@@ -281,11 +281,8 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.t_scale = config.t_scale
-        self.mlp = nn.Sequential(
-            nn.Linear(256, 1024),
-            nn.SiLU(),
-            nn.Linear(1024, min(config.dim, TIME_DIM)),
-        )
+        last = nn.Linear(1024, min(config.dim, TIME_DIM))
+        self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), last)
 
     def forward(self, t):
         exponents = torch.arange(128, device=t.device) / 128
@@ -363,10 +360,8 @@ class DiT(nn.Module):
         refiners = range(config.n_refiner_layers)
         self.config = config
         self.x_embedder = nn.Linear(PATCH ** 2 * config.in_channels, config.dim)
-        self.cap_embedder = nn.Sequential(
-            nn.RMSNorm(config.cap_feat_dim, config.norm_eps),
-            nn.Linear(config.cap_feat_dim, config.dim),
-        )
+        norm = nn.RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.cap_embedder = nn.Sequential(norm, nn.Linear(config.cap_feat_dim, config.dim))
         self.t_embedder = TimestepEmbedder(config)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -512,9 +507,7 @@ class MidBlock(nn.Module):
         self.attention = SpatialAttention(channels, groups)
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        x = self.attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attention(self.resnets[0](x)))
 
 
 class Downsample(nn.Module):
@@ -548,8 +541,7 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, layers, groups, resample):
         super().__init__()
         widths = [c_in] + [c_out] * layers
-        self.resnets = nn.ModuleList(
-            ResnetBlock(widths[i], widths[i + 1], groups) for i in range(layers))
+        self.resnets = nn.ModuleList(map(ResnetBlock, widths[:-1], widths[1:], [groups] * layers))
         self.resample = resample(c_out)
 
     def forward(self, x):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
@@ -456,3 +457,11 @@ def prepare_folder(args, config):
             (out / name).unlink(missing_ok=True)
     write_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
     (out / "log.jsonl").touch()
+
+
+def picture_grid(images, columns=8):
+    """(B, 3, H, W) in [0, 1] -> a picture with `columns` of them in a row, and lines between."""
+    images = F.pad(images, (1, 1, 1, 1), value=0.5)
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=0.5)
+    rows = [torch.cat([*row], 2) for row in images.split(columns)]            # (3, H + 2, width)
+    return Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy())

@@ -6,6 +6,8 @@ sliced Wasserstein-1 distance inside the classes.
 
 import pytest
 import torch
+
+from distill import renoise
 from mixture import (
     CLASSES,
     NULL,
@@ -17,8 +19,6 @@ from mixture import (
     teacher,
     train,
 )
-
-from distill import renoise
 
 MANY = 200_000
 

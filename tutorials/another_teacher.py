@@ -66,4 +66,5 @@ text = torch.arange(2000) % 4
 for net, steps in ((teacher, 1), (teacher, 50), (student, 1)):
     noise = torch.randn(2000, 2, generator=g)
     figures = mixture.judge(sample(net, noise, text, time_schedule(steps, 1.0)), text)
-    print("teacher," if net is teacher else "student,", steps, "calls:", *(f"{n:.3f}" for n in figures))
+    name = "teacher" if net is teacher else "student"
+    print(f"{name}, {steps} calls:", *(f"{n:.3f}" for n in figures))

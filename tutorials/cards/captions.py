@@ -126,7 +126,9 @@ def english_word(names, rng, ink_first):
     word = names["word"]
     noun = "word"
     if len(word) == 1:
-        noun = "letter" if word in LETTERS else "number" if word in DIGITS else "character"
+        noun = "character"
+        if word in LETTERS or word in DIGITS:
+            noun = "letter" if word in LETTERS else "number"
     quoted = f'"{word}"' if rng.random() < 0.55 else word
     if ink_first and ink:
         return f"the {ink} {noun} {quoted}"
