@@ -199,6 +199,7 @@ def test_the_rate_warms_up_and_ends_at_zero():
     assert rates == [0.01, 1, 1, 0.5, 0]
 
 
+@pytest.mark.slow
 def test_training_resumes(tmp_path, teacher_inputs, drawings):
     def run_to(name, *stops):
         for stop in stops:
@@ -227,6 +228,7 @@ def test_a_stage_is_as_long_as_its_time(tmp_path):
 # --- The command --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_smoke_run_with_two_workers(tmp_path):
     out = tmp_path / "run"
     options = ("--smoke", "--workers", 2, "--set", "drawings=64", "vae_steps=2", "vae_batch=1",

@@ -535,6 +535,7 @@ def test_processes_share_the_images_out(monkeypatch):
         assert Image.open(f"many{name}").text["prompt"] == f"prompt {i}"
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na fox\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
@@ -546,6 +547,7 @@ def test_torchrun(tmp_path):
         "image-1.png", "image-2.png", "image.png"]
 
 
+@pytest.mark.slow
 def test_torchrun_with_one_image(tmp_path):
     """--context-parallel: both processes compute the same picture, and one of them saves it."""
     draw("a cat", "a dog", *SMALL, "--out", "one.png")
@@ -592,6 +594,7 @@ def accept_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_interrupt_while_drawing(tmp_path):
     command = [sys.executable, ROOT / "sampler.py", "a cat", "--model", TINY, "--size", "64x64",
                "--steps", "10000"]

@@ -227,6 +227,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(command, monkeypatch, tmp_p
     assert command.log_without_seconds() == log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(command, monkeypatch, number, code):
     options = ["--iterations", 4, "--log-every", 3]
@@ -252,6 +253,7 @@ def test_a_signal_in_the_warm_up_saves_too(command, monkeypatch):
     assert command.resume().returncode == 0 and len(command.log()) == 2
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_kept(command):
     assert command("--iterations", 5, "--sample-every", 1, "--keep", 3).returncode == 0
     assert command.checkpoints() == ["00000003", "00000004", "00000005"]
@@ -371,7 +373,7 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(command, monkeyp
 def test_a_full_disk_is_one_sentence(command, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(distill.dcp, "save", full)
+    monkeypatch.setattr(scale.dcp, "save", full)
     assert refused(command(), "No space left")
     assert not list((command.out / "checkpoints").iterdir())
 

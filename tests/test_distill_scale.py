@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import convert_weights
-import distill
 import sampler
 import scale
 from conftest import ROOT, TINY, refused, relative_error
 from distill import proxy_loss
+from model import Text
 from scale import Adapters, AutocastNet, checkpoint_activations
 from test_distill_run import Command
 
@@ -37,7 +37,7 @@ def dit():
 def batch(dit):
     """x, t, text of a ragged batch of three."""
     g = torch.Generator().manual_seed(0)
-    text = distill.Text(torch.randn(3, 7, dit.config.cap_feat_dim, generator=g),
+    text = Text(torch.randn(3, 7, dit.config.cap_feat_dim, generator=g),
                         torch.tensor([7, 4, 5]))
     x = torch.randn(3, dit.config.in_channels, 4, 4, generator=g)
     return x, torch.rand(3, generator=g), text
@@ -171,7 +171,7 @@ def test_a_batch_in_parts_has_the_same_gradient(dit, batch, parts):
 
 def test_one_text_for_all_items_in_parts(dit, batch):
     x, t, text = batch
-    one = distill.Text(text.features[:1], text.lengths[:1])
+    one = Text(text.features[:1], text.lengths[:1])
     whole, in_parts = (AutocastNet(dit, CPU, "float32", n) for n in (1, 2))
     torch.testing.assert_close(in_parts(x, t, one), whole(x, t, one), rtol=1e-4, atol=1e-5)
 

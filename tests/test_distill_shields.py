@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import distill
 import sampler
 import shields
 from conftest import TINY, relative_error
 from distill import Settings, no_dm, renoise, training_step
+from model import Text
 from test_distill import D, Net, generator, inputs, make_nets, weights
 
 B = 6
@@ -149,7 +149,7 @@ def batch(dit):
     g = torch.Generator().manual_seed(0)
     features = torch.randn(2, 5, dit.config.cap_feat_dim, generator=g)
     x = torch.randn(2, dit.config.in_channels, 4, 4, generator=g)
-    return x, torch.rand(2, generator=g), distill.Text(features, torch.tensor([5, 5]))
+    return x, torch.rand(2, generator=g), Text(features, torch.tensor([5, 5]))
 
 
 def test_the_first_layers_share_the_tensors_of_the_dit(dit, batch):

@@ -95,6 +95,7 @@ def test_the_spear_with_distribution_matching_is_bounded_and_sharper(start):
 # not.
 
 
+@pytest.mark.slow
 def test_two_steps_with_one_fake_are_right_in_the_mixture(start):
     samples, mixed = samples_of(start, 400, steps=2, alpha=1.0)
     assert mixed[0] > 0.9
@@ -102,6 +103,7 @@ def test_two_steps_with_one_fake_are_right_in_the_mixture(start):
     assert samples[3] > 1.3 * mixed[3]         # the wandering
 
 
+@pytest.mark.slow
 def test_two_steps_with_a_fake_each_are_faithful(start):
     shared, _ = samples_of(start, 400, steps=2, alpha=1.0)
     samples, mixed = samples_of(start, 400, steps=2, alpha=1.0, fakes=2)

@@ -108,6 +108,7 @@ def test_a_model_is_fetched_once_and_whole(hub, tmp_path):
     assert hub.requests == []                     # all of it is in the cache
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_goes_on(hub, tmp_path):
     hub.failures = 1
     result = convert(hub, tmp_path)
@@ -123,6 +124,7 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
         TINY / "transformer").state_dict().keys()
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_had(hub, tmp_path):
     assert refused(convert(hub, tmp_path, "nobody/nothing"), "nobody/nothing", "no such model")
     assert refused(convert(hub, tmp_path, HF_HUB_OFFLINE="1"), "tiny/model", "cannot be reached")

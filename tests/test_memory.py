@@ -464,6 +464,7 @@ def test_kernels_change_no_picture(pipeline, with_bfloat16, dtype, limit):
     assert relative_error(sampler.generate(fast, **options), expected) < limit
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("apply", [
     hardware.use_cpu_kernels, lambda net: hardware.quantize(net, "int8"),
@@ -506,6 +507,7 @@ def draw_in_parallel(rank, processes, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_split_tokens(pipeline, tmp_path, processes):
     """Every process gets the latents of a single one; a ragged batch, with guidance."""

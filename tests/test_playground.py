@@ -105,6 +105,7 @@ def run(page, terms, low, count):
     }})()""")
 
 
+@pytest.mark.slow
 def test_what_the_page_says(page):
     """At the settings it starts with: the spear flies off, the shield holds still, both arrive."""
     before, spear = run(page, "ca", 0.7, 40)

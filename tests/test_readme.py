@@ -70,7 +70,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command):
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.rstrip("\\"), comments=True)
     words = words[words.index("python") + 1:]
     if words[0] == "-m":
         words[0] = words.pop(1).replace(".", "/") + ".py"
@@ -81,7 +81,6 @@ def test_commands_are_understood(command):
     for word in words[1:]:
         if "tutorials/" in word or "tests/" in word:
             assert (ROOT / word).exists(), word
-    words = [word for word in words if word.strip() not in ("\\", "\n")]     # goes on below
     if words[0] == "distill.py" and "--help" not in words:
         distill.parse_arguments(words[1:])
         return

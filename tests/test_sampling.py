@@ -220,6 +220,7 @@ def test_features_beyond_the_length_do_not_matter(pipeline):
     assert relative_error(pipeline.dit(x, t, Text(padded, lengths)), expected) < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_networks_compile_to_one_graph(pipeline):
     """fullgraph=True raises at any graph break."""
@@ -241,6 +242,7 @@ def test_networks_compile_to_one_graph(pipeline):
     check(pipeline.vae.encode, torch.randn(1, 3, 32, 48))
 
 
+@pytest.mark.slow
 def test_a_compiled_dit_samples_the_same(pipeline):
     options = dict(height=32, width=48, steps=2, guidance=1.0, output="latent")
     expected = sampler.generate(pipeline, PROMPTS[:2], **options)

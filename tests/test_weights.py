@@ -609,6 +609,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
 
+@pytest.mark.slow
 def test_disk_full_leaves_nothing(tmp_path):
     """A file larger than the process may write stands in for the full disk."""
     result = run("convert_weights.py", TINY, tmp_path / "new", preexec_fn=limit_file_size)
@@ -654,6 +655,7 @@ with convert_weights.new_directory("target", replace=True) as folder:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_leftovers_of_killed_writers_are_removed(tmp_path, kind):
     """By the next writer, whatever the process ids are; what a living one writes is left alone."""
