@@ -615,6 +615,7 @@ def test_interrupt_while_drawing(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "0<&- 2>&-"])
 def test_closed_streams(tmp_path, closed):
     words = " ".join(map(str, SMALL))

@@ -259,6 +259,7 @@ def test_the_last_checkpoints_are_kept(command):
     assert command.checkpoints() == ["00000003", "00000004", "00000005"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(finished):
     assert finished.resume("--iterations", 4).returncode == 0
     assert [line["iteration"] for line in finished.log()] == [1, 2, 3, 4]
@@ -316,6 +317,7 @@ def test_a_checkpoint_of_another_network_is_refused(finished):
     assert refused(finished.resume("--iterations", 3), newest)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_can_be_removed(finished):
     whole = finished.tensors()
     damage_bytes(next((finished.out / "checkpoints" / "00000002").glob("*.safetensors")))
@@ -405,6 +407,7 @@ def test_a_teacher_of_ones_own_needs_prompts():
     assert refused(run_here(distill.main, "--teacher", TINY), "--prompts")
 
 
+@pytest.mark.slow
 def test_a_distilled_teacher_is_warned_about(command):
     assert command().returncode == 0
     result = run_here(

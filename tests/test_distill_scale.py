@@ -200,6 +200,7 @@ def test_checkpointed_activations_use_the_adapters_of_the_forward_pass(dit, batc
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", ["a cat\na dog\n", "a cat\n"])      # with a mask, without
 @pytest.mark.parametrize("options", [
     ["--accumulate", 2, "--checkpoint-activations"],
@@ -227,6 +228,7 @@ def test_cached_features_are_those_of_the_encoder(command, tmp_path):
     assert cached.features.shape == direct.features.shape
 
 
+@pytest.mark.slow
 def test_a_cache_is_made_once_and_goes_on(command, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr(scale.FeatureCache, "SIZE", 2)

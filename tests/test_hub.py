@@ -94,6 +94,7 @@ def convert(hub, folder, name="tiny/model", **environment):
         env=environment, capture_output=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_and_whole(hub, tmp_path):
     result = convert(hub, tmp_path)
     assert result.returncode == 0, result.stderr

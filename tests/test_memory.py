@@ -46,6 +46,7 @@ def tiled(vae, tile, above=0):
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way, h, w", [("decode", 20, 9), ("encode", 9, 20)])
 def test_tiles_are_exact_in_the_limit(vae, monkeypatch, way, h, w):
     """No seams: a tile's neighbors, statistics and odd remainders are all accounted for.

@@ -84,6 +84,7 @@ def test_dit_parameter_count():
     assert sum(p.numel() for p in dit.parameters()) == 6_154_908_736
 
 
+@pytest.mark.slow
 def test_empty_networks_are_not_initialized():
     """On the meta device nn.Embedding would import PyTorch's compiler, which takes a second."""
     code = ("import sys, convert_weights as c; from model import TextEncoderConfig;"
@@ -220,6 +221,7 @@ def test_mixed_types_in_a_stack(checkpoint, tmp_path):
     assert stack.dtype == torch.float32 and torch.equal(stack[:48], wide)
 
 
+@pytest.mark.slow
 def test_adapters_on_conversion(tmp_path):
     file = DATA / "formats/lora/aitoolkit_lora_a_b.safetensors"
     result = run("convert_weights.py", TINY, tmp_path / "merged", "--lora", f"{file}:0.5",
