@@ -15,6 +15,7 @@ CARDS = ROOT / "tutorials" / "cards"
 sys.path[:0] = [str(CARDS), str(ROOT)]
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
 
@@ -254,3 +255,15 @@ def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     with pytest.raises(train.UserError):
         train.main()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_bundled_vae_keeps_words_readable():
+    rng = np.random.default_rng(11)
+    scenes = [data.random_scene(rng) for _ in range(6)]
+    images = torch.from_numpy(np.stack([data.draw(scene) for scene in scenes]))
+    images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        rebuilt, psnr = train.reconstruct(train.bundled_vae(), images)
+    captions = [data.caption(scene, rng, drop=0.0) for scene in scenes]
+    assert psnr > 31
+    assert evaluate.score(rebuilt, captions, workers=1)["joint"] == 1
