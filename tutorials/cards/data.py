@@ -10,7 +10,8 @@ and then any picture that shows what is named is right. Tilt, mirroring, font an
 named. One in eight combinations of thing, card and ink is never in a training picture, nor is one
 in eight words.
 
-    python tutorials/cards/data.py         writes prompts_heldout.txt beside this file
+    python tutorials/cards/data.py     writes beside this file prompts.txt, to distil with, and
+                                       prompts_heldout.txt, to score with
 """
 
 import os
@@ -98,8 +99,8 @@ class Scene(NamedTuple):
     word: str
     ink: str
     place: str                     # "above" or "below": the word, seen from the thing
-    side: str | None            # of a single thing
-    size: str
+    side: str | None            # of a single thing; None in a world where it does not vary
+    size: str | None            # likewise
     poses: tuple                   # one Pose a thing
     x: int                         # center of the word
     y: int
@@ -197,11 +198,12 @@ def compose(wanted, rng, world=WORLD, unseen_words=False):
     word = wanted.get("word")
     if word is None:
         word = random_word(rng, unseen_words, world)
-    size = wanted.get("size") or (pick(rng, list(SIZES)) if world.sizes else "big")
+    size = wanted.get("size") or (pick(rng, list(SIZES)) if world.sizes else None)
     side, columns, kind = None, PAIR_COLUMNS, "pair"
     if second is None:
-        side = wanted.get("side") or (pick(rng, list(SIDES)) if world.sides else "center")
-        columns, kind = (SIDE_COLUMN[side],), "small" if size == "small" else "thing"
+        side = wanted.get("side") or (pick(rng, list(SIDES)) if world.sides else None)
+        columns = (SIDE_COLUMN[side or "center"],)
+        kind = "small" if size == "small" else "thing"
     poses = tuple(random_pose(c, THING_ROW[place], size, kind, rng, world) for c in columns)
     dx, dy = wander(rng, "word", world)
     room = (SIDE - word_width(word)) // 2 - 4       # a long word stays clear of the edges
@@ -215,7 +217,7 @@ def random_pose(column, row, size, kind, rng, world):
     dx, dy = wander(rng, kind, world)
     tilt = pick(rng, TILTS) if world.tilts else 0
     mirrored = bool(rng.integers(2)) if world.mirrors else False
-    return Pose(column + dx, row + dy, PIXELS[size], tilt, mirrored)
+    return Pose(column + dx, row + dy, PIXELS[size or "big"], tilt, mirrored)
 
 
 # --- For training: where to look ----------------------------------------------------------------
@@ -275,10 +277,13 @@ def prompt_list(count, seed, held_out=True, unseen_words=None, drop=1 / 3, world
 
 
 def main():
-    path = os.path.join(HERE, "prompts_heldout.txt")
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.write("\n".join(prompt_list(1000, seed=2)) + "\n")
-    os.replace(path + ".part", path)
+    lists = {"prompts.txt": prompt_list(4000, 1, held_out=False, unseen_words=False),
+             "prompts_heldout.txt": prompt_list(1000, 2)}
+    for name, prompts in lists.items():
+        path = os.path.join(HERE, name)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            file.write("\n".join(prompts) + "\n")
+        os.replace(path + ".part", path)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def reconstruct(vae, images):
 
 
 OPEN_PROMPTS = ("a panda with the word LOVE", 'the word "HI" above a rocket', "海边有一只小狗",
-                "红色的“福”", "a small cat on a blue card", "夜空下，写着“快乐”")
+                "红色的“福”", "a cat on a blue card", "夜空下，写着“快乐”")
 DIVERSITY_SEEDS = 16
 
 

@@ -414,7 +414,18 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
-        return orthogonal(update.flatten(2))
+        return shared_out(orthogonal, update.flatten(2))
+
+
+def shared_out(function, rows):
+    """function(rows), of which each worker computes its share. `function` treats rows apart."""
+    if not dist.is_initialized():
+        return function(rows)
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    out = torch.zeros_like(rows)
+    out[mine] = function(rows[mine])
+    dist.all_reduce(out)
+    return out
 
 
 def orthogonal(matrices):
@@ -563,6 +574,7 @@ def encode_cards(recipe, run, vae, drawings):
     path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
     if run.rank == 0 and not (keep and os.path.exists(path)):
         drawings.wait(recipe.drawings)
+        torch.set_num_threads(run.workers)                       # the others wait
         pictures = torch.from_numpy(drawings.pictures).split(256)
         latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
         rest = (torch.from_numpy(array).to(run.device) for array in
@@ -571,6 +583,7 @@ def encode_cards(recipe, run, vae, drawings):
         if not keep:
             return cards
         write_whole(path, lambda part: torch.save(tuple(cards), part))
+        torch.set_num_threads(1)
     agree(0.0)                                                   # until the file is there
     return Cards(*torch.load(path, mmap=True))
 
