@@ -904,9 +904,7 @@ SAMPLING_FILE = "sampling.json"       # our settings in an official directory, b
 
 def find_parts(path, named):
     """The parts of a model that are not named: {part: file or folder}, and its settings."""
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
-        path = download(str(path), named)
-    path = Path(path)
+    path = located(path, named)
     if (path / "dit.safetensors").exists() and (path / "config.json").exists():
         config = read_json(path / "config.json")
         settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
@@ -923,6 +921,16 @@ def find_parts(path, named):
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
     return places, check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def is_hub_name(path):
+    return (re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) is not None
+            and not Path(path).exists())
+
+
+def located(path, named=()):
+    """A path as it is; for a name on the hub the folder that it is fetched to."""
+    return download(str(path), named) if is_hub_name(path) else Path(path)
 
 
 def find_single_files(path, named):

@@ -285,13 +285,6 @@ def to_output(images, output):
     return [Image.fromarray(item) for item in pixels]
 
 
-def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False):
-    """The velocity with guidance at x (B, ...) and times t (B,), as `sample` has it in one step."""
-    v = net(x, t, text).float()
-    guided = v + guidance * (v - net(x, t, negative).float())
-    return limit_norm(guided, v, cfg_normalization) if cfg_normalization else guided
-
-
 # --- Loading ------------------------------------------------------------------------------------
 #
 # What is optional, to need less memory or time, is applied to the loaded networks: hardware.py.

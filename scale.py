@@ -158,7 +158,7 @@ class Adapters:
 class Processes(TorchFunctionMode):
     """The processes of torchrun, of which each takes its share of every batch. Usually one.
 
-    As a context: torch.rand (..., B) and torch.randn (B, ...) draw the whole batch and return
+    As a context: torch.rand(..., B) and torch.randn((B, ...)) draw the whole batch and return
     this process's share. So random numbers belong to an item of the batch, not to a process.
     """
 
@@ -335,6 +335,7 @@ class FeatureCache:
         lengths = torch.tensor([len(f) for f in features], device=self.device)
         return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
 
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
@@ -391,7 +392,10 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
     except FILE_FAULTS as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from None
     for old in sorted(folder.glob("[0-9]*"))[:-keep] if first else ():
-        shutil.rmtree(old)
+        # Renamed first: a process that is killed here leaves no half checkpoint under such a name.
+        gone = folder / f".part-{old.name}"
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def load_checkpoint(out, tensors, processes):
@@ -440,6 +444,18 @@ def read_run(out):
     except UserError:
         return None
     return config if config.get("made_by") == "distill.py" else None
+
+
+def as_arguments(args):
+    """The namespace as a command line, which parse_arguments reads again."""
+    words = []
+    for name, value in vars(args).items():
+        if value is True and name not in ("resume", "overwrite"):
+            words.append(f"--{name.replace('_', '-')}")
+        elif not isinstance(value, bool) and value is not None and name != "out":
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')}={text}")
+    return words
 
 
 def prepare_folder(args, config):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import convert_weights
 import sampler
@@ -246,6 +247,18 @@ def test_the_cache_of_other_prompts_is_refused(command, tmp_path):
     assert command("--cache-features", cache).returncode == 0
     command.prompts.write_text("others\n")
     assert refused(command("--cache-features", cache, "--overwrite"), "--cache-features")
+
+
+def test_the_cache_of_another_text_encoder_is_refused(command, tmp_path):
+    cache, other = tmp_path / "cache", shutil.copytree(TINY, tmp_path / "other")
+    assert command("--cache-features", cache).returncode == 0
+    path = next(other.glob("text_encoder/*.safetensors"))
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, path)
+    result = command("--cache-features", cache, "--overwrite", "--teacher", other)
+    assert refused(result, "--cache-features")
 
 
 # --- Several processes --------------------------------------------------------------------------
