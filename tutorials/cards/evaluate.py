@@ -19,6 +19,7 @@ import json
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # see sampler.py
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # pictures are read on all cores, one each
 
 import numpy as np
@@ -220,7 +221,7 @@ def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
 def reconstruct(vae, images):
     """Pictures (B, 3, H, W) in [-1, 1] -> unclamped reconstructions, and their mean PSNR in dB."""
     out = decode(vae, encode(vae, images))
-    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
+    error = (out.clamp(-1, 1) - images.cpu()).square().mean((1, 2, 3)).clamp(min=1e-10)
     return out, float((10 * torch.log10(4 / error)).mean())
 
 

@@ -130,7 +130,8 @@ class Found(NamedTuple):
         return self.explained >= MIN_EXPLAINED and self.correlation >= MIN_SPRITE
 
 
-THING_ROWS = np.array([y for row in (36, 92) for y in range(row - 6, row + 7, 4)])
+THING_ROWS = np.array([y for row in sorted(world.THING_ROW.values())
+                       for y in range(row - 6, row + 7, 4)])
 
 
 class Search:

@@ -12,6 +12,7 @@ mean over seeds, and in brackets half the distance between the lowest and the hi
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -20,6 +21,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
 import torch
 import torch.nn.functional as F
 

@@ -34,6 +34,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -427,14 +428,6 @@ def vae_loss(vae, images, noise_generator, kl_weight):
     return error_loss + 0.5 * gradient_loss + kl_weight * kl
 
 
-@torch.no_grad()
-def reconstruct(vae, images, batch=32):
-    """-> reconstructions (B, 3, H, W), and their peak signal-to-noise ratio in dB."""
-    out = torch.cat([vae.decode(vae.encode(part)) for part in images.split(batch)])
-    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
-    return out, (10 * torch.log10(4 / error)).mean().item()
-
-
 def image_batch(pictures, count, cropped, generator):
     """Images for one step: `count` whole ones, or four times as many crops of half the side."""
     index = torch.randint(len(pictures), (count * (4 if cropped else 1),), generator=generator)
@@ -494,7 +487,7 @@ def train_vae(recipe, run, drawings):
         descend(loss, parameters, [muon, adam])
         if stage.step % (4 * recipe.log_every) == 0 and run.rank == 0:
             log(run, stage="vae", step=stage.step, seconds=stage.seconds(), loss=loss.item(),
-                psnr=reconstruct(vae, test)[1])
+                psnr=evaluate.reconstruct(vae, test)[1])
         if stage.save_is_due(recipe.save_minutes):
             stage.save()
 
@@ -507,10 +500,10 @@ def train_vae(recipe, run, drawings):
     agree(0.0)                                                   # until the file is there
     vae = finished_vae(run)
     if run.rank == 0:
-        images, psnr = reconstruct(vae, test)
+        images, psnr = evaluate.reconstruct(vae, test)
         log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr,
             read_back=evaluate.score(images, captions, test.cpu())["joint"])
-        pairs = torch.stack((test[:16], images[:16]), 1).flatten(0, 1)
+        pairs = torch.stack((test[:16].cpu(), images[:16]), 1).flatten(0, 1)
         save_grid(os.path.join(run.out, "vae.png"), pairs)
     return vae
 
@@ -947,6 +940,7 @@ def main():
     recipe = recipe_from(args)
     check(args, recipe)
     torch.set_num_threads(1)
+    sampler.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     listen()
     run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
