@@ -28,6 +28,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -35,13 +36,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
 import torch.nn as nn
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import formats
-from formats import NETWORKS, UserError, is_number, parse_json, read_json, rename, some, write_json  # noqa: F401
+from formats import (  # noqa: F401
+    NETWORKS,
+    UserError,
+    fingerprint,
+    is_number,
+    parse_json,
+    read_json,
+    rename,
+    some,
+    write_json,
+)
 
 try:
     import fcntl
@@ -568,6 +581,7 @@ def main():
 
 def run_command(main):
     """Runs a command line: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (the user closed it)
         setattr(sys, name, stream)
@@ -731,30 +745,6 @@ def new_directory(path, replace=False):
                 path.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def fingerprint(path):
-    """A hash of what is in a file, or in the model files (else all files) of a directory.
-
-    Of a file above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take a
-    moment: other weights are noticed, a single changed number may not be. The place does not count.
-    """
-    path = Path(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    models = [file for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
-    digest = hashlib.sha256()
-    try:
-        for file in models or files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
-            whole = size <= 1 << 26
-            with open(file, "rb") as data:
-                for i in range(1 if whole else 1024):
-                    data.seek((size - 4096) * i // 1023)
-                    digest.update(data.read(-1 if whole else 4096))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

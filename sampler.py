@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -23,18 +24,16 @@ from pathlib import Path
 
 # OpenMP's threads spin while they wait, which on a busy machine costs several times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-try:
-    if __name__ == "__main__" and sys.stderr:
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))       # until run_command
+    if sys.stderr:
         print("loading ...", file=sys.stderr, flush=True)        # PyTorch alone takes seconds
-    import numpy as np
-    import torch
-    import torch.nn as nn
-    from PIL import Image, ImageOps, PngImagePlugin
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
-except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps, PngImagePlugin
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
 import convert_weights
 import hardware

@@ -1,4 +1,4 @@
-"""Distils a DDPM: a teacher that predicts the noise (epsilon) at steps k, not a velocity at times t.
+"""Distils a DDPM, which predicts the noise (epsilon) at steps k, not a velocity at times t.
 
     python tutorials/another_teacher.py                  half a minute of one core. It prints
                         accuracy  std    std inside a class  distance to the data (mixture.judge)
