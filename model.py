@@ -5,8 +5,8 @@
     Gaussian noise ------------------------+
 
 The text encoder is Qwen3, the diffusion transformer is called S3-DiT, the VAE is that of Flux.
-This file holds the networks and nothing else. Files are the matter of convert_weights.py; sampling,
-hardware, number formats and memory are the matter of sampler.py.
+This file holds the networks and nothing else. convert_weights.py and formats.py read files,
+sampler.py samples, hardware.py saves memory and time.
 
 +-- The convention of this project ---------------------------------------------------------------+
 |  time            t = 0 is pure noise, t = 1 is clean data     x_t = t * data + (1 - t) * noise  |
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     key and one value. `rotate` is rotate_pairs or rotate_halves.
     """
 
-    # A class attribute, so that sampler.use_cpu_kernels can replace the kernel in a subclass.
+    # A class attribute, so that hardware.use_cpu_kernels can replace the kernel in a subclass.
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, dim, heads, kv_heads, head_dim, eps, rotate):

@@ -4,7 +4,7 @@
     python sampler.py "a cat" --model Tongyi-MAI/Z-Image-Turbo        the released weights
 
 The functions stand in the order of their use; `generate` calls them. The box at the top of model.py
-defines time, velocity and Euler step. What is optional stands below a line that says so.
+defines time, velocity and Euler step. Less memory and more speed: hardware.py.
 """
 
 import argparse
@@ -702,7 +702,9 @@ def draw(args, pipeline, record, function):
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
                 continue
             seconds = round(time.perf_counter() - start, 2)
-            for i, image in enumerate(images if RANK in (0, args.share[0]) else ()):
+            if RANK and args.context_parallel:
+                images = ()                                      # the first process saves them
+            for i, image in enumerate(images):
                 entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
