@@ -636,7 +636,8 @@ def main():
                                     "fingerprints": fingerprints(args),
                                     "arguments": scale.as_arguments(args)})
     processes.from_first()
-    train(pipeline, prompts, settings, args)
+    with processes.end_together():
+        train(pipeline, prompts, settings, args)
     if processes.rank == 0:
         student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"

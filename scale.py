@@ -14,6 +14,7 @@ tutorials/from_laptop_to_cluster.md has the commands.
 
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager, nullcontext
@@ -196,6 +197,18 @@ class Processes(TorchFunctionMode):
             dist.barrier()
         return values[0]
 
+    @contextmanager
+    def end_together(self):
+        """Where another process has ended, this one ends with a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            told = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
+            if self.count == 1 or not told:
+                raise
+            raise UserError(f"process {self.rank} ends, for another one has ended or cannot be "
+                            f"reached: {first_line(error)[:200]}") from None
+
     def average_gradient(self, p):
         dist.all_reduce(p.grad.div_(self.count))
 
@@ -304,7 +317,7 @@ class PromptFile:
 class FeatureCache:
     """The text features of all prompts in safetensors files, encoded once.
 
-    `key` says of which text encoder, tokenizer and prompts; a cache of others is refused.
+    `key` says of which teacher and prompts; a cache of others is refused.
     """
     SIZE = 256                   # prompts a file
 
@@ -314,8 +327,8 @@ class FeatureCache:
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
         if convert_weights.read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
-                            "prompt file; name another directory")
+            raise UserError(f"--cache-features: {folder} is of another teacher or prompt file; "
+                            "name another directory")
         starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
         for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
             items = range(start, min(start + self.SIZE, len(prompts)))
