@@ -31,7 +31,6 @@ from convert_weights import (  # noqa: E402
     save_pipeline,
 )
 
-
 COLUMNS = ("joint", "strict", "frechet", "saturation", "diversity")
 
 
