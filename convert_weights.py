@@ -193,6 +193,10 @@ def official_tensors(network, adapters=(), dtype=torch.float32):
         yield name, tensor
 
 
+# A mapped tensor of more numbers is not looked at: that would read all of the file.
+SMALL = 2 ** 20
+
+
 def check_finite(network, name, tensor, source=None):
     """UserError where a tensor is not finite. `source`: what it was before a cast or adapters."""
     if not formats.is_finite(tensor):
@@ -231,8 +235,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
             quantize_layer(linear, stored.to(device))
             continue
         tensor = stored.to(device, dtype)
-        # A large network is mapped: to look at its numbers here would read all of the file.
-        if tensor is not stored or tensor.numel() < 2 ** 20:
+        if tensor is not stored or tensor.numel() < SMALL:
             check_finite(network, name, tensor, stored)
         weights[ours] = tensor
     module.load_state_dict(weights, strict=False, assign=True)    # but for what is bound already
