@@ -19,18 +19,17 @@ Nothing is ever unpickled. A file is used whole or refused.
 
 import argparse
 import dataclasses
-import glob
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +48,8 @@ from formats import (  # noqa: F401
     UserError,
     fingerprint,
     is_number,
-    parse_json,
     read_json,
     rename,
-    some,
     write_json,
 )
 
@@ -199,21 +196,38 @@ def official_tensors(network, adapters=(), dtype=torch.float32):
     changes = formats.read_adapters(adapters, linear_modules(network))
     for name, piece in network.pieces.items():
         tensor = formats.dequantize(piece.stored, piece.first, piece.shape)
+        if piece.stored.format != "plain":
+            check_finite(network, name, tensor)
         if name in changes:
-            tensor = formats.add_changes(tensor, changes[name], dtype)
+            base, tensor = tensor, formats.add_changes(tensor, changes[name], dtype)
+            check_finite(network, name, tensor, base)
         yield name, tensor
 
 
-def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), keep=None):
+# A mapped tensor of more numbers is not looked at: that would read all of the file.
+SMALL = 2 ** 20
+
+
+def check_finite(network, name, tensor, source=None):
+    """UserError where a tensor is not finite. `source`: what it was before a cast or adapters."""
+    if not formats.is_finite(tensor):
+        is_large = source is not None and formats.is_finite(source)
+        raise UserError(f"{network.path}: {name} is not finite in {tensor.dtype}; it is "
+                        + ("too large for that, so use another --dtype" if is_large else "damaged"))
+
+
+def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), keep=None,
+         quantize_layer=None):
     """A network from disk, in eval mode.
 
     path: the folder of an official component, a directory in our layout, a file, or a Network.
     dtype: of all weights; None: the one that most of them are stored in.
     like: a folder whose config.json holds for files that have none (None: the release's values).
     adapters: (file, strength) pairs: LoRA, LoKr, LoHa for a DiT, merged into its weights.
-    keep: {"fp8", "int8", "int8_convrot": bind}. The linear layers of the blocks that are stored so
-        are not dequantized: bind(linear, weight, scale) gets weight (out, in) as it is stored and
-        scale (out, 1) float32. int8_convrot: to its input belongs formats.rotate.
+    keep: {"fp8", "int8": bind}. The linear layers of the blocks that are stored so are not
+        dequantized: bind(linear, weight, scale, group) gets weight (out, in) as it is stored, scale
+        (out, 1) float32 and the columns in a group of formats.rotate, or 0.
+    quantize_layer: called as quantize_layer(linear, weight) for each other layer of this kind.
     A network of which nothing has to be cast is mapped, see the head of this file. Otherwise the
     peak of memory is the weights and one tensor.
     """
@@ -225,12 +239,17 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     steps = tqdm(official_tensors(network, adapters, dtype), f"loading {kind}", len(network.pieces),
                  leave=False, delay=1)
     for name, stored in steps:
+        ours = network.pieces[name].ours
+        if quantize_layer and QUANTIZED.search(name):
+            check_finite(network, name, stored)
+            linear = module.get_submodule(ours.removesuffix(".weight"))
+            quantize_layer(linear, stored.to(device))
+            continue
         tensor = stored.to(device, dtype)
-        # A large network is mapped: to look at its numbers here would read all of the file.
-        if tensor.numel() < 2 ** 20 and not tensor.isfinite().all():
-            raise UserError(f"{network.path}: {name} is not finite in {dtype}; it is damaged")
-        weights[network.pieces[name].ours] = tensor
-    module.load_state_dict(weights, strict=False, assign=True)    # but for what bind_stored did
+        if tensor is not stored or tensor.numel() < SMALL:
+            check_finite(network, name, tensor, stored)
+        weights[ours] = tensor
+    module.load_state_dict(weights, strict=False, assign=True)    # but for what is bound already
     return module.eval()
 
 
@@ -268,7 +287,7 @@ def bind_stored(network, module, keep, adapters, device):
             weight = formats.read(piece.stored, piece.first, piece.shape[0])
             scale = formats.row_scales(piece.stored, piece.first, piece.shape[0])
             linear = module.get_submodule(piece.ours.removesuffix(".weight"))
-            bind(linear, weight.to(device), scale.to(device))
+            bind(linear, weight.to(device), scale.to(device), piece.stored.group)
         elif piece.needed:
             rest[name] = piece
     return network._replace(pieces=rest)
@@ -283,12 +302,6 @@ def common_dtype(network):
     return max(count, key=count.get, default=torch.bfloat16)
 
 
-def damaged_weights(module):
-    """Names of weights that are not finite: what to blame where a network's output is not."""
-    return [name for name, tensor in module.state_dict().items()
-            if tensor.is_floating_point() and not tensor.float().isfinite().all()]
-
-
 def open_network(kind, path, like=None):
     """Finds a network on disk, and checks every name and shape -> Network.
 
@@ -298,7 +311,7 @@ def open_network(kind, path, like=None):
         return path
     files, config = formats.component_files(kind, Path(path))
     tensors, metadata = formats.open_files(files)
-    parts = formats.split_parts(tensors, path)
+    parts = formats.split_parts(tensors, metadata, path)
     if parts and kind not in parts:
         raise UserError(f"{path} holds no {kind}, but {' and '.join(parts)}")
     stored = formats.with_scales(parts.get(kind, tensors), metadata)
@@ -332,7 +345,8 @@ def check_pieces(path, expected, pieces, unexpected):
     if any(problems.values()):
         raise UserError(
             f"{path} was made for another model, or its configuration was: "
-            + "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names))
+            + "; ".join(f"{what}: {formats.some(names)}"
+                        for what, names in problems.items() if names))
 
 
 def linear_modules(network):
@@ -362,6 +376,7 @@ class Checkpoint(NamedTuple):
     settings: dict        # "shift"; where known "steps", "guidance", "size", "trained_steps"
     shift_assumed: bool   # no file says the schedule's shift
     files: dict           # "dit", "text_encoder", "vae", "tokenizer" -> Path
+    name: str             # of the file, directory or model on the hub
 
 
 def open_checkpoint(path=None, **named):
@@ -375,18 +390,25 @@ def open_checkpoint(path=None, **named):
     files = {**places, **named}
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
     if missing:
-        options = " ".join(f"--{part.replace('_', '-')} FILE" for part in missing)
+        usual = {part: formats.USUAL_FILES[part] for part in missing}
         raise UserError(
-            f"{path or 'the model'} lacks {', '.join(missing)}: put such files beside it, or give "
-            f"{options}; to fetch what is missing: --model {RELEASE} --dit {files.get('dit')}")
+            f"{path or 'this'} lacks {', '.join(missing)}: put {', '.join(usual.values())} beside "
+            f"it, or add {as_options(usual)}; to fetch what is missing, give --model {RELEASE} "
+            + as_options(files))
     networks = {kind: open_network(kind, files[kind], places.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
     if text and not settings:
-        settings = formats.check_settings(parse_json(text, files["dit"]), files["dit"])
+        settings = formats.check_settings(formats.parse_json(text, files["dit"]), files["dit"])
     tokenizer = formats.load_tokenizer(files["tokenizer"])
     formats.check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
     return Checkpoint(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
-                      "shift" not in settings, files)
+                      "shift" not in settings, files, Path(path or files["dit"]).resolve().name)
+
+
+def as_options(files):
+    """{part: file} as on a command line."""
+    return " ".join(f"--{part.replace('_', '-')} {shlex.quote(str(file))}"
+                    for part, file in files.items())
 
 
 # --- Convert ------------------------------------------------------------------------------------
@@ -399,6 +421,8 @@ TARGETS = {           # layout -> the file of each network
     "comfy": {"text_encoder": "qwen_3_4b.safetensors", "dit": "z_image.safetensors",
               "vae": "ae.safetensors"},
 }
+
+
 def convert(source, target, to="ours", dtype=None, adapters=(), **named):
     """Converts a model to a directory in the layout "ours", "official" or "comfy".
 
@@ -431,8 +455,8 @@ def write_network(network, path, to, metadata, dtype=None, adapters=()):
     """Writes a network in another layout. Zeros stand for the last layer, which students lack."""
     names, plan = plan_network(network, to, dtype)
     expected = expected_tensors(network.kind, network.config)
-    layers = {name.removesuffix(".weight"): {"format": "int8_tensorwise"}
-              for name, (_, kind) in plan.items() if kind == torch.int8}
+    layers = {name.removesuffix(".weight"): formats.describe_int8(shape[1])
+              for name, (shape, kind) in plan.items() if kind == torch.int8}
     if layers:
         metadata = {**metadata, "_quantization_metadata": json.dumps({"layers": layers})}
 
@@ -441,7 +465,7 @@ def write_network(network, path, to, metadata, dtype=None, adapters=()):
         for official, tensor in itertools.chain(official_tensors(network, adapters), zeros):
             name = names[official]
             if plan[name][1] == torch.int8:
-                numbers, scale = formats.quantize_int8(tensor)
+                numbers, scale, _ = formats.quantize_weight(tensor, torch.int8)
                 yield scale_name(name), scale
                 yield name, numbers
             else:
@@ -511,44 +535,6 @@ def save_pipeline(  # noqa: PLR0913
 
 # --- Command line -------------------------------------------------------------------------------
 
-# MD5 of the files of the Z-Image-Turbo release.
-OFFICIAL_MD5 = dict(reversed(line.split()) for line in """
-    5e3226ed72a9a4a080f2a4ca78b98ddc model_index.json
-    ca682fcc6c5a94cf726b7187e64b9411 scheduler/scheduler_config.json
-    1e97eb35d9d0b6aa60c58a8df8d7d99a text_encoder/config.json
-    30b85686b9a9b002e012494fadc027cb text_encoder/model-00001-of-00003.safetensors
-    e6a24ea164404a01ad2800dbae4e1a13 text_encoder/model-00002-of-00003.safetensors
-    09e190ed15ff14795b6277e023cfcb2d text_encoder/model-00003-of-00003.safetensors
-    589f5395156900f49d617aee8a8d8708 text_encoder/model.safetensors.index.json
-    6423133b9cc1a2077b57822c30c211aa tokenizer/tokenizer.json
-    b06e103ac555ec4b51266078b518c0f0 tokenizer/tokenizer_config.json
-    baed87136fe5f848e24b072f99856cc3 transformer/config.json
-    54889d0dd179b4fa2fd7bd0e487d856e transformer/diffusion_pytorch_model-00001-of-00003.safetensors
-    fe81e804658d345323512c63224b0604 transformer/diffusion_pytorch_model-00002-of-00003.safetensors
-    4e074e09129f98ad840414951f122feb transformer/diffusion_pytorch_model-00003-of-00003.safetensors
-    76d788eb0d42c59cc8f8ec007db639aa transformer/diffusion_pytorch_model.safetensors.index.json
-    ba9e2980c8630b4abccc643bc9f4a542 vae/config.json
-    6f83de55cb720c7fae051b14528577bf vae/diffusion_pytorch_model.safetensors
-""".strip().splitlines())
-
-
-def check_release(path):
-    """Compares a download with the release: [(file, "ok", "missing" or "wrong")]."""
-    path, results = Path(path), []
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory")
-    for name, expected in tqdm(OFFICIAL_MD5.items(), "reading", leave=False):
-        state = "missing"
-        if (path / name).is_file():
-            md5 = hashlib.md5()
-            with open(path / name, "rb") as file:
-                while block := file.read(1 << 23):
-                    md5.update(block)
-            state = "ok" if md5.hexdigest() == expected else "wrong"
-        results.append((name, state))
-    return results
-
-
 def main():
     parser = Parser(description="Convert a Z-Image model to another layout, or check a download.")
     add = parser.add_argument
@@ -561,7 +547,7 @@ def main():
     add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
     args = parser.parse_intermixed_args()     # options may stand between SRC and DST
     if args.check is not None:
-        results = check_release(args.check)
+        results = formats.check_release(args.check)
         print("\n".join(f"{state:8} {name}" for name, state in results))
         if wrong := [f"{name} ({state})" for name, state in results if state != "ok"]:
             raise UserError(f"{len(wrong)} of {len(results)} files differ from the release: "
@@ -668,35 +654,34 @@ def temporary(folder, prefix, make):
     Its writer holds a lock on it, which the system drops when the process ends, however it ends. So
     a path of this kind that is not locked was left by a dead process, and is removed first.
     """
-    for old in folder.glob(f"{glob.escape(prefix)}*"):
+    for old in folder.glob(f"{prefix}*"):
         with locked(old) as is_mine:
             if is_mine:
                 remove(old)
-    path = folder / f"{prefix}{secrets.token_hex(4)}"
-    make(path)
-    try:
-        with locked(path):
-            yield path
-    finally:
-        remove(path)
+    with ExitStack() as stack:
+        for _ in range(3):                    # another writer may remove a path before it is locked
+            path = folder / f"{prefix}{secrets.token_hex(4)}"
+            make(path)
+            stack.callback(remove, path)
+            if stack.enter_context(locked(path)) or not fcntl:
+                break
+        yield path
 
 
 @contextmanager
 def locked(path):
-    """Locks a file or directory and gives whether that was possible. On Windows it never is."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        is_mine = True
-        try:
+    """Locks a file or directory, gives whether that was possible. On Windows it never is."""
+    descriptor, is_mine = None, False
+    if fcntl:
+        with suppress(OSError):               # another process holds it, or has removed it
+            descriptor = os.open(path, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:                       # another process holds it
-            is_mine = False
+            is_mine = path.exists()
+    try:
         yield is_mine
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove(path):
@@ -709,15 +694,31 @@ def remove(path):
 
 def write_whole(path, write):
     """Calls write(part) with a name beside `path`, then renames it: old or new, never a half."""
+    with new_file(path) as part:
+        write(part)
+        os.replace(part, path)
+
+
+@contextmanager
+def new_file(path):
+    """A file beside `path`, to be written and renamed to it. UserError where that fails."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path.parent, f"{path.name}.part-", Path.touch) as part:
-            write(part)
-            os.replace(part, path)
+        with temporary(path.parent, ".part-", Path.touch) as part:
+            yield part
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def rename_new(part, path):
+    """Renames a file. FileExistsError where there is another one of this name already."""
+    try:
+        os.link(part, path)
+    except (OSError, NotImplementedError):    # it exists, or the file system has no links
+        path.open("x").close()
+        os.replace(part, path)
 
 
 @contextmanager

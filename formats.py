@@ -6,17 +6,19 @@ the same way, and a damaged file ends in one sentence.
 """
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import struct
 import warnings
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +45,11 @@ GGUF_TYPES = {
     10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
 }
+GGUF_NOT_READ = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}
 GGUF_VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
 NOT_A_MODEL = {       # how files begin that are taken for a checkpoint
@@ -55,13 +62,13 @@ ADVICE = "use the bfloat16 file of the same model; sampler.py --weights fp8 halv
 REFUSED = {           # names that tell formats and models that this project does not read
     r"\.(qweight|wscales|proj_down|smooth_factor)$|attention\.to_qkv\.":
         f"is quantized for nunchaku; {ADVICE}",
-    r"\.(zero_point|svd_up|svd_down)$": f"is quantized by SDNQ; {ADVICE}",
+    r"\.(scale|zero_point|svd_up|svd_down)$": f"is quantized by SDNQ; {ADVICE}",
     r"\.(absmax|quant_map|SCB)$|\.quant_state\.": f"is quantized by bitsandbytes; {ADVICE}",
     r"\._(data|scale)$": f"is quantized by quanto; {ADVICE}",
     r"\.(scales|biases)$": f"is quantized for MLX; {ADVICE}",
     r"encoded_exponent|sign_mantissa": f"is compressed by DFloat11; {ADVICE}",
     r"pre_quant_scale$": f"is quantized with smoothed inputs; {ADVICE}",
-    r"^control_": "is a ControlNet, which this project does not run",
+    r"(^|\.)control_": "is a ControlNet, which this project does not run",
     r"siglip": "is Z-Image-Omni or Z-Image-Edit, which this project does not run",
     r"t_embedder_2\.": "is TwinFlow, which this project does not run",
     r"local_decoder\.|dec_net\.": "works on pixels, not latents, which this project does not run",
@@ -71,12 +78,14 @@ REFUSED = {           # names that tell formats and models that this project doe
     r"^decoder\.layers\.": "is a TAESD preview decoder; Z-Image uses the VAE of Flux",
 }
 
+REFUSED_METADATA = {"mflux_version": "MLX", "quantization_level": "MLX"}
+
 
 class Stored(NamedTuple):
     """A tensor in a file, as the header describes it, with what a quantized one needs besides."""
     file: Path
     name: str
-    kind: str         # of numbers, in the file's own words: "BF16", "F8_E4M3", "Q4_K"
+    number_type: str  # in the file's own words: "BF16", "F8_E4M3", "Q4_K"
     shape: tuple
     start: int        # of its bytes in the file
     size: int         # number of bytes
@@ -87,12 +96,13 @@ class Stored(NamedTuple):
     @property
     def dtype(self):
         """The dtype of what it says: its own, or bfloat16 where it is quantized."""
-        return DTYPES[self.kind] if self.kind in PLAIN[:4] else torch.bfloat16
+        return DTYPES[self.number_type] if self.number_type in PLAIN[:4] else torch.bfloat16
 
 
 def read(stored, first=0, rows=None):
     """Rows of a stored tensor, mapped (None: all). Of quantized GGUF its bytes: (rows, bytes)."""
-    dtype, shape, start, size = DTYPES.get(stored.kind), stored.shape, stored.start, stored.size
+    dtype = DTYPES.get(stored.number_type)
+    shape, start, size = stored.shape, stored.start, stored.size
     if dtype is None:
         dtype, shape = torch.uint8, (math.prod(shape[:-1]), size // max(math.prod(shape[:-1]), 1))
     if rows is not None and shape and rows != shape[0]:
@@ -238,7 +248,8 @@ def read_gguf(path):
     found = {}
     for name, (dims, number, offset) in entries.items():
         if number not in GGUF_TYPES:
-            raise UserError(f"{path}: {name} is of GGUF's type {number}; {ADVICE}")
+            raise UserError(f"{path}: {name} is of GGUF's type "
+                            f"{GGUF_NOT_READ.get(number, number)}; {ADVICE}")
         kind, block, block_size = GGUF_TYPES[number]
         size = math.prod(dims) // block * block_size
         is_whole = not dims or dims[0] % block == 0
@@ -288,6 +299,8 @@ FORMATS = {
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fn_rowwise": "F8_E4M3", "float8_e5m2": "F8_E5M2",
     "int8_tensorwise": "I8", "int8_rowwise": "I8", "nvfp4": "U8", "mxfp8": "F8_E4M3",
 }
+# The types of the scales, where these are not plain numbers.
+SCALE_TYPES = {"nvfp4": ("F8_E4M3", "U8"), "mxfp8": ("U8", "F8_E8M0")}
 SCALES = {"weight_scale": 0, "scale_weight": 0, "weight_scale_2": 1}
 BESIDE_A_WEIGHT = (*SCALES, "comfy_quant", "input_scale", "scale_input")
 ROTATED = 256         # columns in a group of ComfyUI's int8 files
@@ -310,8 +323,8 @@ def with_scales(tensors, metadata):
             for word, place in SCALES.items():
                 scales[place] = tensors.get(f"{layer}.{word}", scales[place])
             if f"{layer}.comfy_quant" in tensors:
-                text = bytes(read(tensors[f"{layer}.comfy_quant"]).flatten().tolist())
-                options = parse_json(text, f"{stored.file}: {layer}.comfy_quant")
+                text = read(tensors[f"{layer}.comfy_quant"]).flatten().view(torch.uint8)
+                options = parse_json(bytes(text.tolist()), f"{stored.file}: {layer}.comfy_quant")
         weights[name] = with_format(stored._replace(scales=tuple(scales)), options)
     return weights
 
@@ -323,26 +336,37 @@ def with_format(stored, options):
         options = {**options, **options["params"]}            # an older spelling
     if not isinstance(options, dict):
         raise UserError(f"{stored.file}: {stored.name} is described by {options!r}")
-    guess = {"I8": "int8_tensorwise", "F8_E5M2": "float8_e5m2"}.get(stored.kind, "float8_e4m3fn")
+    guess = {"I8": "int8_tensorwise", "F8_E5M2": "float8_e5m2"}
+    guess = guess.get(stored.number_type, "float8_e4m3fn")
     form = str(options.get("format", stored.format if stored.scales[0] is None else guess))
     group = options.get("convrot_groupsize", ROTATED) if options.get("convrot") else 0
     if not is_read(stored, form, group):
-        raise UserError(f"{stored.file}: {stored.name} is of type {stored.kind} in the format "
-                        f"{form!r}, which this project does not read; {ADVICE}")
+        raise UserError(f"{stored.file}: {stored.name} is of type {stored.number_type} and shape "
+                        f"{list(stored.shape)} in the format {form!r} with "
+                        f"{describe_scales(stored)}, which this project does not read; {ADVICE}")
     return stored._replace(format=form, group=group)
 
 
+def describe_scales(stored):
+    """The scales of a tensor in words, for an error."""
+    given = [f"{scale.number_type} {list(scale.shape)}" for scale in stored.scales if scale]
+    return f"scales {' and '.join(given)}" if given else "no scales"
+
+
 def is_read(stored, form, group):
-    """Whether type, scales and group of a tensor are those of its format."""
-    scales = [scale is not None for scale in stored.scales]
+    """Whether type, shape, scales and group of a tensor are those of its format."""
+    scales = [scale.number_type for scale in stored.scales if scale is not None]
     if form in ("plain", "gguf"):
-        return (form == "gguf" or stored.kind in PLAIN) and not any(scales)
+        return (form == "gguf" or stored.number_type in PLAIN) and not scales
+    if FORMATS.get(form) != stored.number_type or len(stored.shape) != 2 or not stored.scales[0]:
+        return False
     fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
-    if not fits_group or (group and stored.shape[-1] % group):
+    if not fits_group or (group and stored.shape[1] % group):
         return False
-    if form == "nvfp4" and scales[1] and math.prod(stored.scales[1].shape) != 1:
+    if form == "nvfp4" and (len(scales) < 2 or math.prod(stored.scales[1].shape) != 1):
         return False
-    return FORMATS.get(form) == stored.kind and scales == [True, form == "nvfp4"]
+    allowed = [SCALE_TYPES.get(form, PLAIN[:4]), *[PLAIN[:4]] * (form == "nvfp4")]
+    return len(scales) == len(allowed) and all(map(operator.contains, allowed, scales))
 
 
 def dequantize(stored, first, shape):
@@ -354,7 +378,7 @@ def dequantize(stored, first, shape):
     whole = math.prod(stored.shape) == math.prod(shape)
     numbers = read(stored, first, None if whole else shape[0])
     if stored.format == "gguf":
-        numbers = dequantize_gguf(numbers, stored.kind)
+        numbers = dequantize_gguf(numbers, stored.number_type)
     elif stored.format == "nvfp4":            # two numbers a byte, the high half first
         numbers = E2M1[torch.stack((numbers >> 4, numbers & 15), -1).flatten(-2).long()]
         scale = tiled_scales(stored, first, numbers.shape, 16).view(torch.float8_e4m3fn).float()
@@ -364,21 +388,67 @@ def dequantize(stored, first, shape):
         numbers = scale_groups(numbers.float(), scale.exp2())
     elif stored.format != "plain":
         numbers = numbers.float() * row_scales(stored, first, shape[0])
-        numbers = rotate(numbers, stored.group) if stored.group else numbers
+        numbers = rotate(numbers, hadamard(stored.group)) if stored.group else numbers
     if stored.format in PADDED:
         numbers = numbers[:shape[0], :shape[1]]
     return numbers.view(shape)
 
 
-def quantize_int8(weight):
-    """(rows, columns) -> int8 of this shape, and the scale of each row (rows, 1) float32."""
+def quantize_rows(rows, dtype):
+    """(rows, columns) -> the same in float8_e4m3fn or int8, and float32 scales (rows, 1)."""
+    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    rows = rows.float()
+    scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / limit
+    rows = rows / scale
+    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
+
+
+def quantize_weight(weight, dtype):
+    """(rows, columns) -> numbers in int8 or float8_e4m3fn, scales (rows, 1), columns in a group.
+
+    int8 weights are rotated in these groups: see rotate.
+    """
+    group = rotation_group(weight.shape[1]) if dtype == torch.int8 else 0
     parts = []
     for rows in weight.split(256):            # few enough to stay in the processor's cache
-        numbers = rows.float()
-        scale = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        parts.append(((numbers / scale).round().to(torch.int8), scale))
+        rotated = rotate(rows.float(), hadamard(group, rows.device)) if group else rows
+        parts.append(quantize_rows(rotated, dtype))
     numbers, scales = zip(*parts, strict=True)
-    return torch.cat(numbers), torch.cat(scales)
+    return torch.cat(numbers), torch.cat(scales), group
+
+
+def describe_int8(columns):
+    """What ComfyUI's files say of a weight with so many columns from quantize_weight."""
+    group = rotation_group(columns)
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    return {"format": "int8_tensorwise", **rotation}
+
+
+@lru_cache
+def hadamard(size, device=None):
+    """An orthogonal matrix (size, size) of entries +-1/sqrt(size); size is a power of 4.
+
+    It is symmetric, so it is its own inverse. It is the one of ComfyUI's "convrot" files.
+    """
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, h4)
+    return matrix.to(device)
+
+
+def rotate(x, matrix):
+    """Each run of n numbers of the last dimension of x times the Hadamard matrix (n, n).
+
+    A product stays the same if input and weight are both rotated. A single large number is
+    spread over its run, so that it no longer takes the int8 range from its neighbors.
+    """
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)).flatten(-2)
+
+
+def rotation_group(columns):
+    """The largest power of 4, at most 256, that divides the number of columns; 0 if none does."""
+    return next((group for group in (256, 64, 16, 4) if columns % group == 0), 0)
 
 
 def row_scales(stored, first, rows):
@@ -386,24 +456,13 @@ def row_scales(stored, first, rows):
     if stored.scales[0] is None:
         return torch.ones(rows, 1)
     scale = read(stored.scales[0]).float().view(-1, 1)
+    if not is_finite(scale):
+        raise UserError(f"{stored.file}: {stored.scales[0].name} is not finite; it is damaged")
     if len(scale) == 1:
         return scale.expand(rows, 1)
     if len(scale) != stored.shape[0]:
         raise UserError(f"{stored.file}: {stored.name} is scaled in blocks; {ADVICE}")
     return scale[first:first + rows]
-
-
-def rotate(x, group):
-    """Multiplies each run of `group` columns by the Hadamard matrix of that size, its own inverse.
-
-    It spreads outliers over the group before rounding to int8 ("convrot" in ComfyUI).
-    """
-    four = torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
-    matrix = torch.ones(1, 1)
-    while len(matrix) < group:
-        matrix = torch.kron(matrix, four)
-    matrix = (matrix / group ** 0.5).to(x.device, x.dtype)
-    return (x.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
 
 
 def tiled_scales(stored, first, shape, group):
@@ -435,12 +494,10 @@ def dequantize_gguf(data, kind):
 
 
 def stored_format(stored):
-    """"fp8", "int8" or "int8_convrot" where a layer can use a weight as it is stored, or None."""
-    if stored.kind == "F8_E4M3" and stored.format != "mxfp8":
+    """"fp8" or "int8" where a layer can use a weight as it is stored, or None."""
+    if stored.number_type == "F8_E4M3" and stored.format != "mxfp8" and not stored.group:
         return "fp8"
-    if stored.kind == "I8" and stored.group in (0, ROTATED):
-        return "int8_convrot" if stored.group else "int8"
-    return None
+    return "int8" if stored.number_type == "I8" else None
 
 
 PADDED = {"nvfp4": 16, "mxfp8": 32}   # both sides of a weight, to a multiple of this
@@ -508,9 +565,12 @@ def read_adapter(path, strength, modules):
             if re.search(pattern, name):
                 raise UserError(f"{path} {reason} (it holds {name})")
         stem, _, part = rename(name, ADAPTER_PARTS).rpartition(".")
-        if ADAPTER_PREFIX.sub("", stem) not in modules or stored.kind not in PLAIN:
+        if ADAPTER_PREFIX.sub("", stem) not in modules or stored.number_type not in PLAIN:
             strange.append(name)
-        found.setdefault(stem, {})[part] = stored
+        parts = found.setdefault(stem, {})
+        if part in parts:
+            raise UserError(f"{path} says the same twice: {parts[part].name} and {name}")
+        parts[part] = stored
     if strange or not found:
         raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
                         f"{some(strange)}")
@@ -603,13 +663,17 @@ def adapter_product(parts):
 
 
 def read_change(path, name, candidates):
-    """The change of one weight: scale, B, A with the change scale * B A, or scale, change, None.
+    """The change of one weight: (scale, B, A), where the change is scale * B A.
 
-    Where a file says a change twice, as q and as qkv, it counts once.
+    Of LoHa and LoKr, A is None and B is the whole product. Where a file says a change twice, as q
+    and as qkv, it counts once.
     """
     changes = []
     for scale, parts, first, rows in candidates:
         tensors = {key: read(parts[key]).float().flatten(1) for key in parts if key != "alpha"}
+        for key, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise UserError(f"{path}: {parts[key].name} is not finite; it is damaged")
         if "A" in tensors:                    # the rows of B A are those of B
             changes.append((scale, tensors["B"][first:first + rows], tensors["A"]))
         else:
@@ -656,15 +720,25 @@ REQUIRED = {
                   "use_dynamic_shifting": False, "use_karras_sigmas": False,
                   "use_exponential_sigmas": False, "use_beta_sigmas": False,
                   "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False},
-    "tokenizer": {"add_prefix_space": False, "add_bos_token": False,
+    "tokenizer": {"add_prefix_space": False, "add_bos_token": False, "add_eos_token": False,
                   "split_special_tokens": False},
 }
+# The names of pipelines that sample these networks, so that model_index.json may have them.
+PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 # Keys that do not change a picture. There is a warning for every other key.
 WITHOUT_EFFECT = set("""_diffusers_version _name_or_path architectures attention_dropout
     base_image_seq_len base_shift bos_token_id dtype eos_token_id force_upcast initializer_range
     max_image_seq_len max_position_embeddings max_shift max_window_layers pad_token_id sample_size
     sliding_window tie_word_embeddings time_shift_type torch_dtype transformers_version
     use_cache""".split())
+# The same in a tokenizer_config.json: tokenizer.json says it all. The chat template is compared.
+TOKENIZER_KEYS = set("""added_tokens_decoder additional_special_tokens backend bos_token
+    chat_template clean_up_tokenization_spaces cls_token eos_token errors extra_special_tokens
+    fix_mistral_regex is_local legacy local_files_only mask_token max_length model_input_names
+    model_max_length model_specific_special_tokens name_or_path pad_to_multiple_of pad_token
+    pad_token_type_id padding_side processor_class sep_token special_tokens_map_file stride
+    tokenizer_class tokenizer_file truncation_side truncation_strategy unk_token
+    use_default_system_prompt use_fast""".split())
 # What the reference takes for a field that a config.json lacks, where that is not the release's.
 REFERENCE_DEFAULTS = {
     "text_encoder": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
@@ -800,7 +874,20 @@ def check_official(data, kind, path, known):
     if name not in data and name in ("_class_name", "model_type"):
         raise UserError(f"{path} has no {name}, so it is not that of a {REQUIRED[kind][name]}")
     check_values(data, REQUIRED[kind], path)
-    for key in sorted(data.keys() - REQUIRED[kind].keys() - WITHOUT_EFFECT - known):
+    warn_of_unknown(data.keys() - REQUIRED[kind].keys() - known, path)
+
+
+def check_model_index(path):
+    """UserError where a directory is that of another pipeline."""
+    index = read_json(path) if path.exists() else {}
+    if index.get("_class_name", PIPELINES[0]) not in PIPELINES:
+        raise UserError(f"{path}: _class_name is {index['_class_name']!r}; only "
+                        f"{', '.join(PIPELINES)} are supported")
+    warn_of_unknown(index.keys() - OFFICIAL_JSON["model_index.json"].keys(), path)
+
+
+def warn_of_unknown(keys, path):
+    for key in sorted(keys - WITHOUT_EFFECT):
         warnings.warn(f"{path}: {key} is not known, and ignored", stacklevel=2)
 
 
@@ -840,6 +927,11 @@ def load_tokenizer(path):
     for token in ("<|im_start|>", "<|im_end|>"):              # of the chat template
         if len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
             raise UserError(f"{path} does not know {token}, so it belongs to another model")
+    whole, bare = (tokenizer.encode("<|im_start|>a cat<|im_end|>", add_special_tokens=add).ids
+                   for add in (True, False))
+    if whole != bare:
+        raise UserError(f"{path} adds tokens to each prompt (its post_processor), which Z-Image "
+                        "was not trained with")
     if getattr(tokenizer.model, "dropout", None):
         raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     return tokenizer
@@ -849,7 +941,7 @@ def check_chat_template(folder):
     """UserError where an official tokenizer is called in another way than sampler.py calls it."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    check_values(config, REQUIRED["tokenizer"], path)
+    check_official(config, "tokenizer", path, TOKENIZER_KEYS)
     template = config.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         path = folder / "chat_template.jinja"
@@ -900,6 +992,8 @@ PREFIXES = {
 }
 ARCHITECTURES = ("qwen3", "lumina2", "pig", "cow")    # of GGUF files; not all name one
 UNUSED_ENDINGS = ("scaled_fp8", "text_encoders.qwen3_4b.logit_scale")
+USUAL_FILES = {"dit": "z_image_turbo_bf16.safetensors", "text_encoder": "qwen_3_4b.safetensors",
+               "vae": "ae.safetensors", "tokenizer": "tokenizer.json"}
 SAMPLING_FILE = "sampling.json"       # our settings in an official directory, beside the shift
 
 
@@ -919,6 +1013,7 @@ def find_parts(path, named):
     more = read_json(path / SAMPLING_FILE) if (path / SAMPLING_FILE).exists() else {}
     check_settings(more, path / SAMPLING_FILE)
     check_chat_template(path / "tokenizer")
+    check_model_index(path / "model_index.json")
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
     return places, check_settings({**more, "shift": config.get("shift")}, source)
@@ -934,30 +1029,6 @@ def located(path, named=()):
     return download(str(path), named) if is_hub_name(path) else Path(path)
 
 
-def fingerprint(path):
-    """A hash of what is in a file, or in the model files (else all files) of a directory.
-
-    Of a file above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take a
-    moment: other weights are noticed, a single changed number may not be. The place does not count.
-    """
-    path = Path(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    models = [file for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
-    digest = hashlib.sha256()
-    try:
-        for file in models or files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
-            whole = size <= 1 << 26
-            with open(file, "rb") as data:
-                for i in range(1 if whole else 1024):
-                    data.seek((size - 4096) * i // 1023)
-                    digest.update(data.read(-1 if whole else 4096))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    return digest.hexdigest()[:16]
-
-
 def find_single_files(path, named):
     """One file for each network, in a folder or beside a file, recognized by their names."""
     if not path.exists():
@@ -965,7 +1036,7 @@ def find_single_files(path, named):
     folder = path if path.is_dir() else path.parent
     places = {}
     if path.is_file():
-        places = dict.fromkeys(split_parts(read_header(path)[0], path), path)
+        places = dict.fromkeys(split_parts(*read_header(path), path), path)
     for kind, files in files_by_network(folder).items():
         if kind not in places and kind not in named:
             if len(files) > 1:
@@ -986,7 +1057,7 @@ def files_by_network(folder):
     found = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         with suppress(UserError):             # adapters and other models may lie there, too
-            for kind in split_parts(read_header(file)[0], file):
+            for kind in split_parts(*read_header(file), file):
                 found.setdefault(kind, []).append(file)
     return found
 
@@ -994,33 +1065,71 @@ def files_by_network(folder):
 def download(name, named):
     """Fetches of a model on the hub what is not named -> its folder in huggingface_hub's cache.
 
+    First what is small: the indices say which weights there are. Of variants one is fetched.
     The library honors HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME, and goes on where it was stopped.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     wanted = ["model_index.json", "scheduler/*.json", "config.json", SAMPLING_FILE,
-              "tokenizer/*.j*", "tokenizer.json"]
-    for kind, folder in FOLDERS.items():
-        wanted.append(f"{folder}/config.json")
-        if kind not in named:
-            wanted += [f"{folder}/*.json", f"{folder}/*.safetensors", f"{kind}.safetensors"]
+              "tokenizer/*.j*", "tokenizer.json", *(f"{path}/*.json" for path in FOLDERS.values())]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        path = Path(snapshot_download(name, allow_patterns=wanted))
+        try:
+            listed = HfApi().list_repo_files(name)
+        except Exception:                     # without a network the cache may have all
+            listed = [file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")]
+        weights = wanted_weights(path, listed, named)
+        return Path(snapshot_download(name, allow_patterns=weights)) if weights else path
+    except errors.GatedRepoError:
+        reason = ("the hub asks for consent to this model's terms: give it on the model's page, "
+                  "then log in with: hf auth login")
     except errors.RepositoryNotFoundError:
         reason = "there is no such directory, and no such model on the hub"
     except errors.LocalEntryNotFoundError:
         reason = "there is no such directory, and the hub cannot be reached"
+    except UserError:
+        raise
     except Exception as error:                # whatever the network libraries raise
         reason = f"the download was interrupted, call again to go on: {str(error)[:200]!r}"
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            reason = f"the download cannot be written: {error.strerror}"
     raise UserError(f"{name}: {reason}")
 
 
-def split_parts(tensors, path):
+# Of the disk, not of the network. EDQUOT is not there on Windows.
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+               getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def wanted_weights(path, listed, named):
+    """Of the files listed of a model, those of the networks that are not named.
+
+    What the index names, or else a single file, as in shard_files. path: where the indices lie.
+    """
+    files = []
+    for kind, folder in FOLDERS.items():
+        if kind in named:
+            continue
+        if f"{kind}.safetensors" in listed:
+            files.append(f"{kind}.safetensors")
+        elif any((path / folder).glob("*.safetensors.index*.json")):
+            files += [f"{folder}/{file.name}" for file in shard_files(path / folder)]
+        else:
+            found = [name for name in listed if re.fullmatch(rf"{folder}/[^/]*\.safetensors", name)]
+            found.sort(key=lambda name: (len(name), name))
+            files += found if found and "-of-" in found[0] else found[:1]
+    return files
+
+
+def split_parts(tensors, metadata, path):
     """The tensors of a file by network, without prefixes: {kind: {name: Stored}}.
 
     UserError for what belongs to none of the networks that are there, and for what is known but
     not read.
     """
+    for key in metadata.keys() & REFUSED_METADATA.keys():
+        raise UserError(f"{path} is made for {REFUSED_METADATA[key]} (its header has {key}); "
+                        f"{ADVICE}")
     for name, pattern in itertools.product(tensors, REFUSED):
         if re.search(pattern, name):
             raise UserError(f"{path} {REFUSED[pattern]} (it holds {name})")
@@ -1078,6 +1187,68 @@ def shard_files(folder):
     return [folder / name for name in sorted(set(names))]
 
 
+# MD5 of the files of the Z-Image-Turbo release.
+OFFICIAL_MD5 = dict(reversed(line.split()) for line in """
+    5e3226ed72a9a4a080f2a4ca78b98ddc model_index.json
+    ca682fcc6c5a94cf726b7187e64b9411 scheduler/scheduler_config.json
+    1e97eb35d9d0b6aa60c58a8df8d7d99a text_encoder/config.json
+    30b85686b9a9b002e012494fadc027cb text_encoder/model-00001-of-00003.safetensors
+    e6a24ea164404a01ad2800dbae4e1a13 text_encoder/model-00002-of-00003.safetensors
+    09e190ed15ff14795b6277e023cfcb2d text_encoder/model-00003-of-00003.safetensors
+    589f5395156900f49d617aee8a8d8708 text_encoder/model.safetensors.index.json
+    6423133b9cc1a2077b57822c30c211aa tokenizer/tokenizer.json
+    b06e103ac555ec4b51266078b518c0f0 tokenizer/tokenizer_config.json
+    baed87136fe5f848e24b072f99856cc3 transformer/config.json
+    54889d0dd179b4fa2fd7bd0e487d856e transformer/diffusion_pytorch_model-00001-of-00003.safetensors
+    fe81e804658d345323512c63224b0604 transformer/diffusion_pytorch_model-00002-of-00003.safetensors
+    4e074e09129f98ad840414951f122feb transformer/diffusion_pytorch_model-00003-of-00003.safetensors
+    76d788eb0d42c59cc8f8ec007db639aa transformer/diffusion_pytorch_model.safetensors.index.json
+    ba9e2980c8630b4abccc643bc9f4a542 vae/config.json
+    6f83de55cb720c7fae051b14528577bf vae/diffusion_pytorch_model.safetensors
+""".strip().splitlines())
+
+
+def check_release(path):
+    """Compares a download with the release: [(file, "ok", "missing" or "wrong")]."""
+    path, results = Path(path), []
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory")
+    for name, expected in tqdm(OFFICIAL_MD5.items(), "reading", leave=False):
+        state = "missing"
+        if (path / name).is_file():
+            md5 = hashlib.md5()
+            with open(path / name, "rb") as file:
+                while block := file.read(1 << 23):
+                    md5.update(block)
+            state = "ok" if md5.hexdigest() == expected else "wrong"
+        results.append((name, state))
+    return results
+
+
+def fingerprint(path):
+    """A hash of what is in a file, or in the model files (else all files) of a directory.
+
+    Of a file above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take a
+    moment: other weights are noticed, a single changed number may not be. The place does not count.
+    """
+    path = Path(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    models = [file for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
+    digest = hashlib.sha256()
+    try:
+        for file in models or files:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+            whole = size <= 1 << 26
+            with open(file, "rb") as data:
+                for i in range(1 if whole else 1024):
+                    data.seek((size - 4096) * i // 1023)
+                    digest.update(data.read(-1 if whole else 4096))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return digest.hexdigest()[:16]
+
+
 # --- Small things ------------------------------------------------------------------------------
 
 
@@ -1089,6 +1260,26 @@ def rename(name, table):
 
 class UserError(Exception):
     """A mistake that the user can mend, said in one sentence. It is printed; the exit code is 2."""
+
+
+def is_finite(tensor):
+    """Whether all numbers of a tensor are. If one is not, neither is their sum, which is fast."""
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def damaged_weights(module):
+    """Names of weights that are not finite: what to blame where a network's output is not."""
+    return [name for name, tensor in module.state_dict().items()
+            if tensor.is_floating_point() and not is_finite(tensor)]
+
+
+def find_cause(pipeline, otherwise):
+    """Why numbers are not finite: the damaged weights, or if there are none, `otherwise`."""
+    networks = {kind: getattr(pipeline, kind) for kind in NETWORKS}
+    names = [f"{name} ({kind})" for kind, net in networks.items()
+             for name in damaged_weights(net)]
+    return f"damaged weights are to blame: {some(names)}" if names else otherwise
 
 
 def is_number(value):

@@ -15,16 +15,19 @@ import itertools
 import math
 import os
 import re
+import warnings
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convert_weights import QUANTIZED, UserError, common_dtype
+from convert_weights import QUANTIZED, UserError
+from formats import hadamard, quantize_rows, quantize_weight, rotate, stored_format
 from model import Attention, Decoder, Encoder
 
 # On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
@@ -42,43 +45,23 @@ def has_products(dtype, device):
     return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
 
 
+def lacks_int8(checkpoint, device, weights, dtype_is_given):
+    """Whether bfloat16 takes the place of int8, with a warning where int8 products are missing.
+
+    That is so on a CPU that has bfloat16 products and no int8 ones.
+    """
+    pieces = [network.pieces.values() for network in checkpoint.networks.values()]
+    is_stored = any(stored_format(piece.stored) == "int8" for piece in itertools.chain(*pieces))
+    if not (weights == "int8" or is_stored) or has_products(torch.int8, device):
+        return False
+    is_replaced = device.type == "cpu" and CPU_HAS_BFLOAT16 and not dtype_is_given
+    warnings.warn("this device has no int8 products: " + (
+        "bfloat16 is used instead" if is_replaced else "int8 weights save memory but not time"),
+        stacklevel=2)
+    return is_replaced
+
+
 # --- One byte for each weight -------------------------------------------------------------------
-
-
-def quantize_rows(weight, dtype):
-    """(rows, columns) -> the same in float8_e4m3fn or int8, and float32 scales (rows, 1)."""
-    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    weight = weight.float()
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / limit
-    rows = weight / scale
-    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
-
-
-@lru_cache
-def hadamard(size, device=None):
-    """An orthogonal matrix (size, size) of entries +-1/sqrt(size); size is a power of 4.
-
-    It is symmetric, so it is its own inverse. It is the one of ComfyUI's "convrot" files.
-    """
-    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, h4)
-    return matrix.to(device)
-
-
-def rotate(x, matrix):
-    """Each run of n numbers of the last dimension of x times the Hadamard matrix (n, n).
-
-    A product stays the same if input and weight are both rotated. A single large number is
-    spread over its run, so that it no longer takes the int8 range from its neighbors.
-    """
-    return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)).flatten(-2)
-
-
-def rotation_group(columns):
-    """The largest power of 4, at most 256, that divides the number of columns."""
-    return next(group for group in (256, 64, 16, 4, 1) if columns % group == 0)
 
 
 class QuantizedLinear(nn.Linear):
@@ -88,7 +71,7 @@ class QuantizedLinear(nn.Linear):
         if self.rotation is not None:         # the weight is rotated, so x has to be
             x = rotate(x, self.rotation)
         aligned = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        if aligned and has_products(self.weight.dtype, x.device):
+        if (aligned or not x.is_cuda) and has_products(self.weight.dtype, x.device):
             rows, row_scale = quantize_rows(x.flatten(0, -2), self.weight.dtype)
             return self.product(rows, row_scale, x.dtype).unflatten(0, x.shape[:-1])
         is_slow = x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16
@@ -118,37 +101,37 @@ class Int8Linear(QuantizedLinear):
         return (y * row_scale).mul_(self.scale.flatten()).to(dtype)
 
 
-def bind(layer_type, linear, weight, scale, group=1):
-    """Makes a built nn.Linear a quantized layer over these tensors, which may be mapped."""
+def bind(linear, weight, scale, group=0):
+    """Makes a built nn.Linear a quantized layer over these tensors, which may be mapped.
+
+    weight: (out, in) float8_e4m3fn or int8. scale: a number, or one for each row. group: columns
+    that are rotated together (formats.rotate), or 0.
+    """
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
     linear.register_buffer("scale", scale)
-    rotation = hadamard(group, weight.device) if group > 1 else None
+    rotation = hadamard(group, weight.device) if group else None
     linear.register_buffer("rotation", rotation, persistent=False)
-    linear.__class__ = layer_type
+    linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
 
 
-# Formats that a file may hold and a network may keep: name -> bind(linear, weight, scale).
-KEEP = {"fp8": partial(bind, Float8Linear), "int8": partial(bind, Int8Linear),
-        "int8_convrot": partial(bind, Int8Linear, group=256)}
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def quantize_layer(linear, weight, kind):
+    """Makes an nn.Linear a layer in "fp8" or "int8" with this weight (out, in), on its device."""
+    bind(linear, *quantize_weight(weight, DTYPES[kind]))
 
 
 def quantize(net, kind, device=None):
     """Turns linear layers without bias into "fp8" or "int8", one by one and in place -> net.
 
     These are the layers of the blocks and nearly all weights. Those with a bias embed time and
-    caption, and are sensitive. device: quantize there, and leave the layer there. The peak of
-    memory is the quantized network and one tensor, if the network was mapped.
+    caption, and are sensitive. device: quantize there, and leave the layer there.
     """
     for layer in net.modules():
         if type(layer) is nn.Linear and layer.bias is None:
-            weight = layer.weight.detach().to(device).float()
-            if kind == "fp8":
-                bind(Float8Linear, layer, *quantize_rows(weight, torch.float8_e4m3fn))
-            else:
-                group = rotation_group(layer.in_features)
-                weight = rotate(weight, hadamard(group, weight.device))
-                bind(Int8Linear, layer, *quantize_rows(weight, torch.int8), group)
+            quantize_layer(layer, layer.weight.detach().to(device), kind)
     return net
 
 
@@ -370,7 +353,9 @@ def split_tokens(dit):
 
 # --- The VAE in tiles ---------------------------------------------------------------------------
 
-HALO = 8          # latent pixels around a tile: wider than the layers computed in tiles look aside
+# Latent pixels around a tile. The encoder's layers that are computed in tiles look 4.5 of them
+# aside and the decoder's 12.25, but what lies beyond 8 changes less than rounding does.
+HALO = 8
 PASSES = 2        # as many as there are norms would be exact; with two there is no seam
 
 
@@ -538,57 +523,74 @@ def free_memory(device):
     return None
 
 
-def weight_bytes(network, dtype, weights=None):
-    """Bytes of the weights in memory; `weights`: those of the blocks take one byte each."""
-    size = 0
+class Choice(NamedTuple):
+    """What decides how much memory a run needs: the options, and what follows from them."""
+    dtype: torch.dtype            # of text encoder and DiT; the VAE's is float32
+    weights: str | None = None    # "int8" or "fp8": those of the blocks take one byte each
+    offload: str | None = None
+    keep: tuple = ("int8",)       # formats that stay as they are stored
+    is_merged: bool = False       # adapters change the DiT
+    is_mapped: bool = False       # on a CPU: what is neither cast nor changed stays in its file
+
+
+def weight_bytes(network, choice):
+    """Bytes of a network's weights in memory."""
+    size, on_device = 0, not choice.is_mapped or (choice.is_merged and network.kind == "dit")
+    dtype = torch.float32 if network.kind == "vae" else choice.dtype
     for name, piece in network.pieces.items():
-        is_small = weights and QUANTIZED.search(name)
-        size += piece.needed * math.prod(piece.shape) * (1 if is_small else dtype.itemsize)
+        is_block = QUANTIZED.search(name)
+        is_kept = is_block and stored_format(piece.stored) in choice.keep
+        is_small = is_kept or (is_block and choice.weights)
+        is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == dtype
+        if piece.needed and (on_device or not (is_kept or is_same)):
+            size += math.prod(piece.shape) * (1 if is_small else dtype.itemsize)
     return size
 
 
-def memory_needed(networks, size, dtype, weights=None, offload=None):
-    """An estimate of the bytes that a run needs on its device.
+def memory_needed(networks, size, choice):
+    """An estimate of the bytes that a run needs on its device, beside what is mapped.
 
     networks: of a Checkpoint. size: (pixels of an image, images of a batch). The activations of
     the release take about 0.6 GB for each megapixel in the DiT, 5 GB in the VAE, which decodes
     one image at a time, and at most 2 GB there in tiles.
     """
     pixels, batch = size
-    encoder = weight_bytes(networks["text_encoder"], dtype, weights)
-    dit = weight_bytes(networks["dit"], dtype, weights)
-    vae = weight_bytes(networks["vae"], torch.float32)
+    encoder, dit, vae = (weight_bytes(networks[kind], choice)
+                         for kind in ("text_encoder", "dit", "vae"))
     dit_work = 600 * pixels * batch * networks["dit"].config.dim / 3840
     vae_work = 5000 * pixels * networks["vae"].config.block_out_channels[0] / 128
-    if offload == "blocks" or pixels > 2e6:
+    if choice.offload == "blocks" or pixels > 2e6:
         vae_work = min(vae_work, 2e9)
-    if offload == "blocks":                   # about two blocks of 34, and what is in no block
+    if choice.offload == "blocks":            # about two blocks of 34, and what is in no block
         encoder, dit = encoder / 10, dit / 10
-    if offload:
+    if choice.offload:
         return max(encoder, dit + dit_work, vae + vae_work)
     return encoder + dit + vae + max(dit_work, vae_work)
 
 
-def check_memory(checkpoint, device, size, dtype, weights=None, offload=None):
+def check_memory(checkpoint, device, size, choice):
     """Compares what a run needs with what is free, before anything is loaded.
 
     UserError if it needs more than is free, with the options that make it fit. On a CPU, weights
-    that are stored in `dtype` are mapped: the system reads them again when memory is short.
+    that are used as they are stored are mapped: the system reads them again when memory is short.
     """
     free, networks = free_memory(device), checkpoint.networks
-    is_mapped = device.type == "cpu" and not weights and dtype == common_dtype(networks["dit"])
-    needed = memory_needed(networks, size, dtype, weights, offload)
-    if free is None or is_mapped or needed <= free:
+    choice = choice._replace(is_mapped=device.type == "cpu")
+    needed = memory_needed(networks, size, choice)
+    if free is None or needed <= free:
         return
-    options = [("--offload", dtype, None, "networks"), ("--weights int8", dtype, "int8", None),
-               ("--weights int8 --offload", dtype, "int8", "networks"),
-               ("--offload blocks", dtype, None, "blocks"),
-               ("--weights int8 --offload blocks", dtype, "int8", "blocks")]
-    if device.type == "cpu":
-        options = [("--dtype bfloat16", torch.bfloat16, None, None),
-                   ("--weights int8", dtype, "int8", None),
-                   ("--dtype bfloat16 --weights int8", torch.bfloat16, "int8", None)]
-    needs = [(words, memory_needed(networks, size, *how)) for words, *how in options]
-    fitting = [f"{words} needs {need / 1e9:.1f}" for words, need in needs if need <= free]
+    options = [{"offload": "networks"}, {"weights": "int8"},
+               {"weights": "int8", "offload": "networks"}, {"offload": "blocks"},
+               {"weights": "int8", "offload": "blocks"}]
+    if choice.is_mapped:
+        options = [{"dtype": torch.bfloat16}, {"weights": "int8"},
+                   {"dtype": torch.bfloat16, "weights": "int8"}]
+    fitting = []
+    for option in options:
+        need = memory_needed(networks, size, choice._replace(**option))
+        words = " ".join(f"--{name} {value}" for name, value in option.items())
+        words = words.replace("torch.", "").replace("offload networks", "offload")
+        if need <= free:
+            fitting.append(f"{words} needs {need / 1e9:.1f}")
     raise UserError(f"this needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
                     + (", ".join(fitting) or "no option makes it fit; use a smaller --size"))

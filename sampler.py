@@ -36,15 +36,15 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import convert_weights
+import formats
 import hardware
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
 from hardware import (
-    KEEP,
     TakeTurns,
     advise_on_errors,
     find_device,
     keep_freed_memory,
-    quantize,
+    quantize,  # noqa: F401  (for those who import sampler)
     stream_blocks,
     use_cpu_kernels,
     use_tiles,
@@ -144,11 +144,12 @@ def decode(pipeline, latents):
     """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], one at a time to save memory."""
     if not latents.isfinite().all():
         dtype = str(pipeline.dit.x_embedder.weight.dtype).removeprefix("torch.")
-        raise UserError(f"sampling in {dtype} gave numbers that are not finite: use --dtype "
-                        "bfloat16 or float32; if that does not help, the weights are damaged")
+        raise UserError(f"sampling in {dtype} gave numbers that are not finite: "
+                        + formats.find_cause(pipeline, "use --dtype bfloat16 or float32"))
     images = torch.cat([pipeline.vae.decode(item[None]) for item in latents])
     if not images.isfinite().all():
-        raise UserError("the decoded image is not finite: the weights of the VAE are damaged")
+        raise UserError("the decoded image is not finite: "
+                        + formats.find_cause(pipeline, "the VAE's weights are too large"))
     return images.div(2).add(0.5).clamp(0, 1)
 
 
@@ -289,28 +290,26 @@ def to_output(images, output):
 # What is optional, to need less memory or time, is applied to the loaded networks: hardware.py.
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None, check=None,
-                  **parts):
+def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=None,
+                  quantize_layer=None, **parts):
     """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
-    path: a directory of the official layout or ours, one file, or a name on the hub. parts: files
-    that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters: (file,
-    strength) pairs of LoRAs. keep: formats to keep as they are stored, such as hardware.KEEP.
-    check(checkpoint): called before any weight is read.
+    path: a directory of the official layout or ours, one file, a name on the hub, or a Checkpoint.
+    parts: files that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters:
+    (file, strength) pairs of LoRAs. keep, quantize_layer: see convert_weights.load.
     """
-    checkpoint = open_checkpoint(path, **parts)
-    if check:
-        check(checkpoint)
-    networks = checkpoint.networks
+    is_open = isinstance(path, convert_weights.Checkpoint)
+    checkpoint = path if is_open else open_checkpoint(path, **parts)
     if checkpoint.shift_assumed:
         warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
                       "assumed (--shift)", stacklevel=2)
+    networks, how = checkpoint.networks, {"keep": keep, "quantize_layer": quantize_layer}
     return Pipeline(
         tokenizer=checkpoint.tokenizer,
-        text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, keep=keep),
-        dit=load_dit(networks["dit"], device, dtype, adapters=adapters, keep=keep),
+        text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, **how),
+        dit=load_dit(networks["dit"], device, dtype, adapters=adapters, **how),
         vae=load_vae(networks["vae"], device, torch.float32),
-        name=Path(path).resolve().name,
+        name=checkpoint.name,
         device=torch.device(device),
         **checkpoint.settings,
     )
@@ -328,7 +327,8 @@ DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", 
             "upscale": "lanczos", "out": Path("image.png"), "lora": []}
 OF_GUIDANCE = "negative_prompt", "cfg_normalization", "cfg_truncation", "guidance_every"
 # Options that name files. A picture records their names and fingerprints, for --like.
-FILES = "model", "dit", "text_encoder", "vae", "tokenizer", "lora", "init_image"
+PARTS = "dit", "text_encoder", "vae", "tokenizer"
+FILES = "model", *PARTS, "lora", "init_image"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun
 
 
@@ -369,7 +369,7 @@ def make_parser():
     add("--num-images", type=number(1, 10 ** 6, int), help="images of each prompt (default 1)")
     add("--batch-size", type=number(1, 1024, int), help="images computed at once (default 1)")
     add("--size", type=width_and_height, metavar="WxH", help="pixels, such as 1280x720; multiples "
-        "of 16, of 8 for the bundled model (default: the model's own; 1024x1024 for Turbo)")
+        "of 16 (default: the model's own; 1024x1024 for Turbo)")
     add("--height", type=number(1, 99999, int), help="instead of --size")
     add("--width", type=number(1, 99999, int), help="instead of --size")
     add("--steps", type=number(1, 10000, int), help="default: the model's own; 8 for Turbo")
@@ -432,7 +432,7 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
-    if args.model is None:
+    if args.model is None and not any(getattr(args, part) for part in PARTS):
         args.model = find_bundled()
     add_prompts(args)
     if args.context_parallel and (WORLD == 1 or args.offload):
@@ -447,6 +447,8 @@ def add_prompts(args):
     args.loop = "-" in args.prompt
     if args.loop and (args.prompt != ["-"] or args.prompts or WORLD > 1):
         raise UserError("- reads the prompts: leave out other prompts, --prompts and torchrun")
+    if args.loop and sys.stdin is None:
+        raise UserError("- reads prompts from standard input, which is closed")
     args.prompt = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not args.prompt:
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
@@ -566,38 +568,42 @@ def save_png(image, path, info, index=0):
     text = PngImagePlugin.PngInfo()
     for key, value in info.items():           # file names need not be Unicode
         text.add_text(key, str(value).encode("utf-8", "replace").decode())
-    for i in itertools.count(index):
-        name = path.with_name(f"{path.stem}-{i}.png") if i else path
-        with suppress(FileExistsError):
-            name.open("x").close()
-            break
-    try:
-        convert_weights.write_whole(name, lambda part: image.save(part, format="PNG", pnginfo=text))
-    except BaseException:
-        name.unlink()
-        raise
-    return name
+    with convert_weights.new_file(path) as part:
+        image.save(part, format="PNG", pnginfo=text)
+        for i in itertools.count(index):
+            name = path.with_name(f"{path.stem}-{i}.png") if i else path
+            with suppress(FileExistsError):
+                convert_weights.rename_new(part, name)
+                return name
 
 
-def check_memory(args, device, dtype, checkpoint):
+def check_memory(args, device, dtype, checkpoint, keep):
     """UserError, with advice, if the run needs more memory than there is."""
     size = checkpoint.settings.get("size", 1024)
     pixels = setting(args.height, size) * setting(args.width, size)
     batch = min(args.batch_size, args.num_images * len(args.prompt))
-    hardware.check_memory(checkpoint, device, (pixels, batch), dtype, args.weights, args.offload)
+    hardware.check_memory(checkpoint, device, (pixels, batch), hardware.Choice(
+        dtype, args.weights, args.offload, keep, bool(args.lora)))
 
 
 def build(args, device, dtype):
-    """Loads the model and applies the options that change how it computes -> Pipeline."""
-    home = "cpu" if args.offload or args.weights else device
-    keep = {name: KEEP[name] for name in KEEP if name != "fp8" or args.weights == "fp8"}
-    parts = {name: getattr(args, name) for name in ("dit", "text_encoder", "vae", "tokenizer")}
-    check = partial(check_memory, args, device, dtype)
-    pipeline = load_pipeline(args.model, home, dtype, args.lora, keep, check, **parts)
+    """Loads the model and applies the options that change how it computes -> Pipeline.
+
+    Where the device lacks int8 products, args.weights and args.dtype may change.
+    """
+    checkpoint = open_checkpoint(args.model, **{part: getattr(args, part) for part in PARTS})
+    if args.shift:
+        checkpoint = checkpoint._replace(shift_assumed=False)
+    keep = {args.weights, "int8"} - {None}
+    if hardware.lacks_int8(checkpoint, device, args.weights, "dtype" in args.given):
+        args.dtype, dtype, keep = "bfloat16", torch.bfloat16, keep - {"int8"}
+        args.weights = None if args.weights == "int8" else args.weights
+    check_memory(args, device, dtype, checkpoint, keep)
+    home = "cpu" if args.offload else device
+    pipeline = load_pipeline(
+        checkpoint, home, dtype, args.lora, dict.fromkeys(keep, hardware.bind),
+        args.weights and partial(hardware.quantize_layer, kind=args.weights))
     pipeline.device = device
-    for net in (pipeline.text_encoder, pipeline.dit):
-        if args.weights:
-            quantize(net, args.weights, home if args.offload else device)
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
         if device.type == "cpu":
             use_cpu_kernels(net)
@@ -637,12 +643,9 @@ def find_bundled():
 def warn_of_options(args, pipeline, settings):
     """Warns of options that change nothing here, and of settings that do not suit the model."""
     guidance, shift = settings["guidance"], settings["shift"]
-    device = pipeline.device
     idle = [f"--{name.replace('_', '-')}" for name in OF_GUIDANCE if name in args.given]
     for applies, message in (
             (idle and guidance == 0, f"without --guidance there is no effect of {', '.join(idle)}"),
-            (args.weights == "int8" and not hardware.has_products(torch.int8, device),
-             "this device has no int8 products: --weights int8 saves memory but not time"),
             (guidance == 0 and shift >= 6, f"a shift of {shift} is that of an undistilled model, "
              "which wants --guidance 3 to 5 and --steps 28 to 50"),
             (guidance > 0 and pipeline.guidance == 0 and shift < 6,
@@ -651,9 +654,10 @@ def warn_of_options(args, pipeline, settings):
             warnings.warn(message, stacklevel=2)
 
 
-def make_record(args, pipeline, dtype, settings, size):
+def make_record(args, pipeline, settings, size):
     """What a PNG says: all that changes a pixel, under the names of the options."""
-    options = {"seed": 0, "size": size, "dtype": dtype, "upscale": args.upscale, **settings}
+    options = {"seed": 0, "size": size, "batch_size": args.batch_size, "dtype": args.dtype,
+               "upscale": args.upscale, **settings}
     for name in ("weights", "attention", "compile"):
         if getattr(args, name):
             options[name] = getattr(args, name)
@@ -705,7 +709,8 @@ def draw(args, pipeline, record, function):
             if RANK and args.context_parallel:
                 images = ()                                      # the first process saves them
             for i, image in enumerate(images):
-                entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i}
+                entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i,
+                         "batch_size": len(prompts)}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
 
@@ -730,12 +735,12 @@ def main():
     args = parse_arguments()
     image = read_image(args.init_image) if args.init_image else None
     device = find_device(args.device)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if args.offload and device.type == "cpu":
         warnings.warn("--offload has no effect on a CPU", stacklevel=2)
         args.offload = None
     keep_freed_memory()
-    pipeline = build(args, device, getattr(torch, dtype))
+    pipeline = build(args, device, getattr(torch, args.dtype))
     settings = {name: setting(getattr(args, name), getattr(pipeline, name))
                 for name in ("steps", "guidance", "shift")}
     settings.update({name: getattr(args, name) for name in OF_GUIDANCE})
@@ -747,7 +752,7 @@ def main():
         function = partial(image_to_image, image=image, strength=args.strength)
     height, width = check_size(pipeline, height, width)
     function = partial(function, height=height, width=width, **settings)
-    record = make_record(args, pipeline, dtype, settings, f"{width}x{height}")
+    record = make_record(args, pipeline, settings, f"{width}x{height}")
     kernel = ATTENTION.get(args.attention)
     with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
         draw(args, pipeline, record, function)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,38 @@ def test_nothing_is_overwritten_and_small_pictures_are_enlarged(tmp_path):
     draw("a cat", *SMALL, "--out", "cat.png")
     assert (tmp_path / "cat.png").read_bytes() == b"mine"
     assert Image.open("cat-1.png").size == (48 * 8, 32 * 8)
+
+
+class NoLinks:
+    """A file system without hard links."""
+
+    def __call__(self, *arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch, has_links):
+    """The names of pictures are taken when these are whole, so a kill leaves none of 0 bytes."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", NoLinks())
+    image = Image.new("RGB", (8, 8))
+    (tmp_path / ".part-dead").write_bytes(b"half")
+    save = Image.Image.save
+
+    def stop(self, part, **options):
+        save(self, part, **options)
+        assert [*tmp_path.iterdir()] == [part]                   # the dead one's is gone
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", stop)
+        sampler.save_png(image, tmp_path / "a.png", {})
+    assert not [*tmp_path.iterdir()]
+    for name in ("a.png", "a-1.png", "a-2.png"):
+        assert sampler.save_png(image, tmp_path / "a.png", {"seed": 1}) == tmp_path / name
+        assert Image.open(tmp_path / name).text == {"seed": "1"}
+    assert sampler.save_png(image, tmp_path / "a.png", {}, 7) == tmp_path / "a-7.png"
+    assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_the_checkpoint_recommends(own):
@@ -165,6 +198,11 @@ def test_the_loop_answers_before_the_next_line_comes(tmp_path):
         assert process.wait(60) == 0
 
 
+def test_the_loop_without_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)                      # as after 0<&-
+    refused(run_here(sampler.main, "-", *SMALL), "standard input")
+
+
 @pytest.mark.parametrize("arguments", [
     ["-", "--prompts", "prompts.txt"], ["-", "a cat"], ["-", "-"]])
 def test_the_loop_takes_no_other_prompts(tmp_path, monkeypatch, arguments):
@@ -199,6 +237,50 @@ def test_like_and_the_other_options():
     text = Image.open("image-1.png").text
     expected = {"prompt": "a dog", "seed": "6", "size": "32x32", "guidance": "2.0", "steps": "2"}
     assert {key: text[key] for key in expected} == expected
+
+
+PARTS = ("--dit", TINY / "transformer", "--text-encoder", TINY / "text_encoder", "--vae",
+         TINY / "vae", "--tokenizer", TINY / "tokenizer/tokenizer.json")
+
+
+def test_parts_without_a_model():
+    """No part comes from the bundled model, and --like finds them again."""
+    assert sampler.parse_arguments(["a cat", "--vae", "x"]).model is None
+    words = ("--size", "48x32", "--steps", 2)
+    result = draw("a cat", *PARTS, *words, "--shift", 3)
+    assert "warning" not in result.stderr
+    draw("a cat", *SMALL)
+    assert same_pixels("image.png", "image-1.png")
+    result = draw("a cat", *PARTS, *words)
+    assert result.stderr.count("warning") == 1 and "shift" in result.stderr   # no file says it
+    Path("parts").mkdir()
+    os.rename("image.png", "parts/image.png")
+    files = json.loads(Image.open("parts/image.png").text["files"])
+    assert files.keys() == {"dit", "text_encoder", "vae", "tokenizer"}
+    shutil.copytree(TINY, "parts", dirs_exist_ok=True)
+    shutil.copy(TINY / "tokenizer/tokenizer.json", "parts")
+    draw("--like", "parts/image.png", "--out", "again.png")
+    assert same_pixels("parts/image.png", "again.png")
+    text = Image.open("again.png").text
+    assert text["model"] == "transformer" and json.loads(text["files"]) == files
+
+
+def test_a_single_file_part_has_the_releases_size(tmp_path):
+    """Without --model a file that has no configuration is of the release, not of the student."""
+    convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
+    tensors = load_file(tmp_path / "comfy/z_image.safetensors")
+    save_file(tensors, tmp_path / "dit.safetensors")             # without our header
+    result = run_here(sampler.main, "a cat", *PARTS[2:], "--dit", "dit.safetensors")
+    refused(result, "dit.safetensors", "instead of [3840, 3840]")
+
+
+def test_the_number_of_pictures_at_once_is_recorded():
+    """It changes bfloat16's rounding."""
+    draw("a cat", *SMALL, "--num-images", 3, "--batch-size", 2)
+    names = ("image.png", "image-1.png", "image-2.png")
+    assert [Image.open(name).text["batch_size"] for name in names] == ["2", "2", "1"]
+    draw("--like", "image.png", "--model", TINY)
+    assert Image.open("image-3.png").text["batch_size"] == "1"
 
 
 def test_like_finds_the_bundled_model():
@@ -407,10 +489,29 @@ def test_no_warning_without_a_reason(options):
     assert "warning" not in draw("a cat", *SMALL, *options).stderr
 
 
-def test_int8_says_once_where_it_is_not_faster(monkeypatch):
-    for has_int8, count in ((False, 1), (True, 0)):
-        monkeypatch.setattr(hardware, "CPU_HAS_INT8", has_int8)
-        assert draw("a cat", *SMALL, "--weights", "int8").stderr.count("warning: ") == count
+@pytest.mark.parametrize("has_int8, has_bfloat16, dtype, expected", [
+    (True, True, [], ("float32", "Int8Linear", 0)),
+    (False, True, [], ("bfloat16", "Linear", 1)),
+    (False, True, ["--dtype", "float32"], ("float32", "Int8Linear", 1)),
+    (False, False, [], ("float32", "Int8Linear", 1))])
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_int8_where_a_cpu_has_no_such_products(
+        tmp_path, monkeypatch, has_int8, has_bfloat16, dtype, expected, is_stored):
+    """bfloat16 takes its place, with one warning, for an int8 file as for --weights int8."""
+    monkeypatch.setattr(hardware, "CPU_HAS_INT8", has_int8)
+    monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", has_bfloat16)
+    words = ["--weights", "int8"]
+    if is_stored:
+        convert_weights.convert(TINY, tmp_path / "int8", dtype="int8")
+        words = ["--model", tmp_path / "int8"]
+    calls = Recorder(sampler.generate)
+    monkeypatch.setattr(sampler, "generate", calls)
+    result = draw("a cat", *SMALL, *words, *dtype)
+    text, pipeline = Image.open("image.png").text, calls.calls[0][0]
+    layer = type(pipeline.dit.layers[0].feed_forward.w1).__name__
+    layer = "Linear" if layer == "CPULinear" else layer
+    assert (text["dtype"], layer, result.stderr.count("warning: ")) == expected
+    assert text.get("weights") == ("int8" if layer == "Int8Linear" and not is_stored else None)
 
 
 def test_long_prompt_is_cut_with_a_warning():
@@ -428,6 +529,27 @@ def test_float16_that_overflows_saves_nothing(tmp_path, checkpoint):
     refused(run_here(sampler.main, *arguments, "--dtype", "float16"), "float16", "bfloat16")
     assert not [*tmp_path.glob("*.png")]
     draw(*arguments, "--dtype", "bfloat16")
+
+
+def test_damaged_weights_are_to_blame(tmp_path, checkpoint, monkeypatch):
+    """Large weights are mapped and not read when loading; they are looked at afterwards."""
+    monkeypatch.setattr(convert_weights, "SMALL", 0)
+    shard = checkpoint / "transformer/diffusion_pytorch_model-00001-of-00005.safetensors"
+    before = load_file(shard)
+    name = "all_final_layer.2-1.linear.weight"
+    broken = before[name].clone()
+    broken[0, 0] = torch.nan
+    save_file({**before, name: broken}, shard)
+    arguments = ("a cat", "--model", checkpoint, "--size", "48x32", "--steps", 2)
+    result = run_here(sampler.main, *arguments, "--dtype", "bfloat16")
+    refused(result, "damaged", "final_layer.linear.weight (dit)")
+    shutil.copytree(TINY / "transformer", checkpoint / "transformer", dirs_exist_ok=True)
+    file = checkpoint / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"][1] = torch.inf
+    save_file(tensors, file)
+    refused(run_here(sampler.main, *arguments), "damaged", "decoder.conv_out.bias (vae)")
+    assert not [*tmp_path.glob("*.png")]
 
 
 def ask_for_too_much(x, t, text):

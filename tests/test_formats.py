@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 import formats
 import fuzz_files
+import hardware
 from conftest import DATA, TINY, relative_error
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, official_tensors
 from model import Text
@@ -154,7 +155,9 @@ def test_variants_of_file_names(tmp_path, weights, name):
     ("layers.0.attention.to_q.weight._data", "quanto"),
     ("layers.0.attention.to_q.scales", "MLX"),
     ("layers.0.encoded_exponent", "DFloat11"),
+    ("layers.0.attention.to_q.scale", "SDNQ"),
     ("control_layers.0.after_proj.weight", "ControlNet"),
+    ("model.diffusion_model.control_layers.0.after_proj.weight", "ControlNet"),
     ("siglip_embedder.1.weight", "Omni"),
     ("t_embedder_2.mlp.0.weight", "TwinFlow"),
     ("layers.0.attention.to_q.lora_A.weight", "adapter"),
@@ -163,6 +166,13 @@ def test_variants_of_file_names(tmp_path, weights, name):
 def test_what_is_refused_by_name(tmp_path, weights, name, words):
     save_file({**weights["dit"], name: torch.zeros(1)}, tmp_path / "dit.safetensors")
     with pytest.raises(UserError, match=words):
+        official(path=tmp_path / "dit.safetensors")
+
+
+@pytest.mark.parametrize("key", ["mflux_version", "quantization_level"])
+def test_files_of_mflux_are_refused(tmp_path, weights, key):
+    save_file(weights["dit"], tmp_path / "dit.safetensors", {key: "8"})
+    with pytest.raises(UserError, match=f"MLX.*{key}.*bfloat16"):
         official(path=tmp_path / "dit.safetensors")
 
 
@@ -332,6 +342,8 @@ def test_settings_of_peft(tmp_path, weights, settings, scale):
     ("layers.0.attention_norm1.lora_A.weight", (2, 48), "attention_norm1"),
     ("layers.1.attention.to_q.lora_A.weight", (2, 48), "has only A"),
     ("layers.1.attention.to_q.alpha", (), "has only alpha"),
+    ("layers.0.attention.to_q.lora_down.weight", (2, 48), "twice.*to_q"),
+    ("layers.0.attention.to_q.lora_B.default.weight", (48, 2), "twice.*to_q"),
     ("a_stranger", (1,), "a_stranger"),
 ])
 def test_adapters_that_are_refused(tmp_path, name, shape, words):
@@ -339,6 +351,17 @@ def test_adapters_that_are_refused(tmp_path, name, shape, words):
     file = lora({**BARE, name: torch.zeros(shape)}, tmp_path)
     with pytest.raises(UserError, match=words):
         load_dit(PLACES["dit"], adapters=[(file, 1.0)])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_damaged_adapter_is_to_blame(tmp_path, value):
+    name = "layers.0.feed_forward.w1.lora_B.weight"
+    broken = {**BARE, name: BARE[name].clone()}
+    broken[name][-1, 0] = value
+    with pytest.raises(UserError, match=f"lora.safetensors: {name} is not finite"):
+        load_dit(PLACES["dit"], adapters=[(lora(broken, tmp_path), 1.0)])
+    with pytest.raises(UserError, match="too large.*--dtype"):
+        load_dit(PLACES["dit"], dtype=torch.float16, adapters=[(lora(BARE, tmp_path), 1e9)])
 
 
 def test_dora_of_lycoris_is_refused():
@@ -476,30 +499,125 @@ def test_descriptions_of_quantized_layers(tmp_path, comfy, rowwise, described):
      "int8_tensorwise"),
     ({"weight_scale": None}, "I8"),
     ({"pre_quant_scale": torch.ones(48)}, "smoothed"),
+    ({"comfy_quant": torch.ones(3)}, "JSON"),
+    ({"weight_scale": torch.ones(48, 1).byte()}, "scales U8"),
+    ({"weight_scale": torch.full((48, 1), torch.nan)}, "to_q.weight_scale is not finite"),
 ])
 def test_quantized_files_that_are_refused(tmp_path, weights, change, words):
     layer = "layers.0.attention.to_q"
-    numbers, scale = formats.quantize_int8(weights["dit"][f"{layer}.weight"])
+    numbers, scale = formats.quantize_rows(weights["dit"][f"{layer}.weight"], torch.int8)
     tensors = {**weights["dit"], f"{layer}.weight": numbers, f"{layer}.weight_scale": scale}
     for key, value in change.items():
         if isinstance(value, bytes):
             value = torch.tensor(list(value), dtype=torch.uint8)  # noqa: PLW2901
         tensors[f"{layer}.{key}"] = value
     save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=words):
-        official(path=tmp_path / "x.safetensors")
+    for keep in ({}, {"int8": Bound()}):
+        with pytest.raises(UserError, match=words):
+            load_dit(tmp_path / "x.safetensors", like=PLACES["dit"], keep=keep)
+
+
+ROTATED = b'{"format": "int8_tensorwise", "convrot": true}'
+
+
+@pytest.mark.parametrize("shape, dtype, scale, described", [
+    ((48,), torch.float8_e4m3fn, torch.ones(()), None),
+    ((48,), torch.float8_e4m3fn, torch.ones(48), None),
+    ((), torch.int8, torch.ones(()), ROTATED),
+    ((256,), torch.int8, torch.ones(()), ROTATED),
+    ((48,), torch.float8_e4m3fn, torch.ones(512).byte(), b'{"format": "mxfp8"}'),
+    ((48,), torch.uint8, torch.ones(512).byte(), b'{"format": "nvfp4"}'),
+    ((4, 4, 3, 3), torch.float8_e4m3fn, torch.ones(()), None),
+    ((32, 64), torch.float8_e4m3fn, torch.ones(128, 4), b'{"format": "mxfp8"}'),
+    ((32, 32), torch.uint8, torch.ones(128, 4), b'{"format": "nvfp4"}'),         # scales in float32
+    ((0, 48), torch.int8, torch.ones(0, 1).double(), ROTATED),
+])
+def test_shapes_and_scales_of_quantized_tensors(tmp_path, weights, shape, dtype, scale, described):
+    """Two dimensions, and scales of the format's type. One sentence names the tensor."""
+    layer = "layers.0.attention.norm_q"
+    tensors = {**weights["dit"], f"{layer}.weight": torch.ones(shape).to(dtype),
+               f"{layer}.weight_scale": scale}
+    if described:
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
+    if described and b"nvfp4" in described:
+        tensors[f"{layer}.weight_scale_2"] = torch.ones(())
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"{layer}.weight is of type|{layer}.weight \\["):
+        load_dit(tmp_path / "x.safetensors", like=PLACES["dit"])
+
+
+@pytest.mark.parametrize("stored", ["BF16", "fp8", "Q8_0"])
+def test_damage_of_what_is_computed_is_found(tmp_path, weights, monkeypatch, stored):
+    """A large tensor that is mapped is not read; one that is computed is looked at."""
+    monkeypatch.setattr(convert_weights, "SMALL", 0)
+    name = "layers.0.feed_forward.w2.weight"
+    tensors, broken = dict(weights["dit"]), weights["dit"][name].clone()
+    broken[0, 0] = torch.nan
+    tensors[name] = broken
+    if stored == "fp8":
+        tensors[name] = broken.to(torch.float8_e4m3fn)
+        tensors[name.replace("weight", "weight_scale")] = torch.ones(())
+    if stored == "Q8_0":
+        pytest.importorskip("gguf")
+        data = bytearray((FORMATS / "gguf/dit_q8_0_sdcpp.gguf").read_bytes())
+        tensors, _ = formats.read_header(FORMATS / "gguf/dit_q8_0_sdcpp.gguf")
+        place = tensors[f"model.diffusion_model.{name}"].start
+        data[place:place + 2] = b"\x00\x7e"                     # the first block's scale: NaN
+        (tmp_path / "x").write_bytes(data)
+    else:
+        save_file(tensors, tmp_path / "x")
+    network = convert_weights.open_network("dit", tmp_path / "x", PLACES["dit"])
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(UserError, match=f"x: {name} is not finite.*damaged"):
+            load_dit(network, dtype=dtype)
+    if stored == "BF16":
+        assert formats.damaged_weights(load_dit(network, dtype=torch.bfloat16)) == [name]
+
+
+@pytest.mark.parametrize("number, name", [(9, "Q8_1"), (16, "IQ2_XXS"), (39, "MXFP4"), (99, "99")])
+def test_types_of_gguf_that_are_not_read(tmp_path, number, name):
+    """The error has the name of the type; for one that is not known, its number."""
+    entry = struct.pack("<Q1sIQIQ", 1, b"x", 1, 32, number, 0)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + entry + bytes(99))
+    with pytest.raises(UserError, match=f"type {name};.*bfloat16"):
+        formats.read_header(tmp_path / "x.gguf")
 
 
 class Bound:
-    """Stands for sampler's float8 and int8 layers: remembers what it was given."""
+    """Stands for hardware.bind: remembers what it was given."""
 
     def __init__(self):
         self.layers = []
 
-    def __call__(self, linear, weight, scale):
+    def __call__(self, linear, weight, scale, group):
         self.layers.append((linear, weight, scale))
         values = weight.float() * scale
+        values = formats.rotate(values, formats.hadamard(group)) if group else values
         linear.weight = torch.nn.Parameter(values, requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantizing_while_loading_needs_one_tensor_more(kind, monkeypatch):
+    """Each layer gets its tensor as it is stored, mapped, while later layers have none yet."""
+    build, modules, counts = convert_weights.build, [], []
+
+    def remember(*arguments):
+        modules.append(build(*arguments))
+        return modules[-1]
+
+    def quantize_layer(linear, weight):
+        assert weight.dtype == torch.bfloat16
+        weights = [m.weight for m in modules[0].modules()
+                   if isinstance(m, torch.nn.Linear) and m.bias is None]
+        counts.append(sum(w.dtype.itemsize == 1 for w in weights))
+        assert counts[-1] + sum(w.is_meta for w in weights) == len(weights) == 7 * 7
+        hardware.quantize_layer(linear, weight, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_weights, "build", remember)
+        net = load_dit(PLACES["dit"], quantize_layer=quantize_layer)
+    assert counts == [*range(7 * 7)]
+    assert_same(net.state_dict(), hardware.quantize(load_dit(PLACES["dit"]), kind).state_dict())
 
 
 @pytest.mark.parametrize("file, name", [
@@ -527,12 +645,6 @@ def test_stored_formats_can_be_kept(tmp_path, file, name):
     assert relative_error(velocity(net), velocity(plain)) < 1e-6
 
 
-def test_hadamard_rotation_is_its_own_inverse():
-    x = torch.randn(3, 512)
-    assert torch.allclose(formats.rotate(formats.rotate(x, 256), 256), x, atol=1e-5)
-    assert torch.allclose(formats.rotate(x, 16).norm(), x.norm())
-
-
 def test_a_tensor_that_is_not_aligned(tmp_path):
     """The package aligns headers to 8 bytes; not every writer does."""
     values = torch.arange(6, dtype=torch.float32)
@@ -547,7 +659,6 @@ def test_a_tensor_that_is_not_aligned(tmp_path):
 
 def test_damaged_files():
     """A sample of tests/tools/fuzz_files.py, which says what is good."""
-    pytest.importorskip("gguf")
     errors, loaded, faults = fuzz_files.run(56, seed=0)
     assert not faults
     assert errors > 20 and loaded > 5

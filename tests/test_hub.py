@@ -1,5 +1,6 @@
 """Names on the hub, tested against a small server on this machine that speaks its endpoints."""
 
+import errno
 import json
 import os
 import re
@@ -8,14 +9,19 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
-from conftest import ROOT, TINY, refused
-from convert_weights import load_dit
+import formats
+from conftest import ROOT, TINY, Failing, refused
+from convert_weights import UserError, load_dit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARD = "transformer/diffusion_pytorch_model-00003-of-00005.safetensors"
-NOT_NEEDED = "assets/picture.bin"
+NOT_NEEDED = ["assets/picture.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
+              "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+              "text_encoder/model.fp16.safetensors", "text_encoder/model.non_ema.safetensors"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -42,7 +48,8 @@ class Hub(BaseHTTPRequestHandler):
     def files(self):
         found = [{"type": "file", "path": path.relative_to(TINY).as_posix(), "oid": "a" * 40,
                   "size": path.stat().st_size} for path in TINY.rglob("*") if path.is_file()]
-        return [*found, {"type": "file", "path": NOT_NEEDED, "oid": "a" * 40, "size": 10 ** 12}]
+        more = {"type": "file", "oid": "a" * 40, "size": 10 ** 12}
+        return [*found, *({**more, "path": path} for path in NOT_NEEDED)]
 
     def send_a_file(self, name, with_body):
         data = (TINY / name).read_bytes()
@@ -100,7 +107,7 @@ def test_a_model_is_fetched_once_and_whole(hub, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out/dit.safetensors").exists()
     paths = [path for path, _ in hub.requests]
-    assert not any(path.endswith(NOT_NEEDED) for path in paths)
+    assert not any(path.endswith(tuple(NOT_NEEDED)) for path in paths)
     assert any(path.endswith(SHARD) for path in paths)
 
     (tmp_path / "out").rename(tmp_path / "first")
@@ -133,3 +140,34 @@ def test_models_that_cannot_be_had(hub, tmp_path):
     hub.server_close()
     assert refused(convert(hub, tmp_path), "tiny/model", "cannot be reached")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("listed, files", [
+    (["vae/b.fp16.safetensors", "vae/b.safetensors", "vae/c.txt"], ["vae/b.safetensors"]),
+    (["vae/b.fp16.safetensors", "vae/b.non_ema.safetensors"], ["vae/b.fp16.safetensors"]),
+    (["vae/b-00001-of-00002.safetensors", "vae/b-00002-of-00002.safetensors"],
+     ["vae/b-00001-of-00002.safetensors", "vae/b-00002-of-00002.safetensors"]),
+    (["vae.safetensors", "dit.safetensors", "other.safetensors"], ["vae.safetensors"]),
+    ([], [])])
+def test_of_variants_one_is_fetched(tmp_path, listed, files):
+    named = {"dit": "x", "text_encoder": "x"}
+    assert formats.wanted_weights(tmp_path, listed, named) == files
+
+
+def hub_error(name):
+    """An error of the library's, as it is raised for an answer of the hub."""
+    error = getattr(errors, name)
+    return error.__new__(error)
+
+
+@pytest.mark.parametrize("error, words, not_said", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left", "interrupted"),
+    (OSError(errno.EFBIG, "File too large"), "File too large", "interrupted"),
+    (ConnectionError("reset"), "interrupted.*call again", "written"),
+    (hub_error("GatedRepoError"), "terms.*hf auth login", "no such"),
+    (hub_error("RepositoryNotFoundError"), "no such model", "terms")])
+def test_why_a_download_fails(monkeypatch, error, words, not_said):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Failing(error))
+    with pytest.raises(UserError, match=f"a/b: .*{words}") as caught:
+        formats.find_parts("a/b", {})
+    assert not_said not in str(caught.value)

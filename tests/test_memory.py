@@ -10,11 +10,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import formats
 import hardware
 import sampler
 from conftest import DATA, TINY, Failing, Recorder, relative_error
-from convert_weights import NETWORKS, UserError
-from hardware import hadamard, quantize_rows, rotate, rotation_group
+from convert_weights import NETWORKS, QUANTIZED, UserError
+from formats import hadamard, quantize_rows, rotate, rotation_group
 from model import VAE, Attention, VAEConfig, rotate_pairs
 
 PROMPTS = ["a cat", "two dogs in the snow at dusk"]
@@ -273,7 +274,7 @@ def test_rotation_changes_no_product():
 
 
 @pytest.mark.parametrize("columns, group", [
-    (3840, 256), (10240, 256), (2560, 256), (9728, 256), (160, 16), (426, 1), (64, 64), (12, 4)])
+    (3840, 256), (10240, 256), (2560, 256), (9728, 256), (160, 16), (426, 0), (64, 64), (12, 4)])
 def test_rotation_group(columns, group):
     assert rotation_group(columns) == group
 
@@ -328,7 +329,7 @@ def test_outliers_do_not_spoil_int8(monkeypatch):
     for group in (1, 256):
         rows, scale = quantize_rows(rotate(layer.weight.detach(), hadamard(group)), torch.int8)
         quantized = copy.deepcopy(layer)
-        hardware.bind(hardware.Int8Linear, quantized, rows, scale, group)
+        hardware.bind(quantized, rows, scale, group)
         small = expected - torch.outer(x[:, 7], layer.weight[:, 7]).detach()   # the other channels
         errors[group] = float((quantized(x) - expected).norm() / small.norm())
     assert errors[256] < 0.5 * errors[1]
@@ -366,16 +367,16 @@ def test_quantized_networks(pipeline, monkeypatch, kind, limit, has_products):
     assert 1e-4 < relative_error(features, text.features) < limit
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8", "int8_convrot"])
-def test_stored_scales_may_be_one_number(kind):
+@pytest.mark.parametrize("kind, group", [("fp8", 0), ("int8", 0), ("int8", 256)])
+def test_stored_scales_may_be_one_number(kind, group):
     layer = nn.Linear(256, 3, bias=False)
     weight = torch.randn(3, 256)
     dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
     scale = weight.abs().max() / (448 if kind == "fp8" else 127)
-    hardware.KEEP[kind](layer, (weight / scale).round().to(dtype), scale)
+    hardware.bind(layer, (weight / scale).round().to(dtype), scale, group)
     x = torch.randn(4, 256)
     back = layer.weight.float() * scale
-    rotated = rotate(x, hadamard(256)) if kind == "int8_convrot" else x
+    rotated = rotate(x, hadamard(group)) if group else x
     assert relative_error(layer(x), rotated @ back.t()) < 1e-5
 
 
@@ -525,37 +526,57 @@ class OfficialPiece:
     """One tensor of the release, without its numbers."""
     needed = True
 
-    def __init__(self, shape):
+    def __init__(self, shape, number_type):
         self.shape = shape
-        self.stored = self
-        self.dtype = torch.bfloat16
+        scales = (1, None) if number_type == "I8" else (None, None)
+        self.stored = formats.Stored(None, "", number_type, shape, 0, 0, "plain", scales)
+        if number_type == "I8":
+            self.stored = self.stored._replace(format="int8_tensorwise")
 
 
 class OfficialNetwork:
-    def __init__(self, kind, shapes):
+    def __init__(self, kind, shapes, in_blocks):
+        self.kind = kind
         self.config = NETWORKS[kind][1]()
-        self.pieces = {name: OfficialPiece(shape) for name, shape in shapes.items()}
+        self.pieces = {name: OfficialPiece(shape, in_blocks if QUANTIZED.search(name) else "BF16")
+                       for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def release():
-    shapes = json.loads((DATA / "official_tensors.json").read_text(encoding="utf-8"))
-    kinds = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
+class Release:
+    """A checkpoint of the release's sizes. in_blocks: how the blocks' weights are stored."""
 
-    class Release:
-        networks = {kind: OfficialNetwork(kind, shapes[name]["tensors"])
-                    for kind, name in kinds.items()}
+    def __init__(self, in_blocks="BF16"):
+        shapes = json.loads((DATA / "official_tensors.json").read_text(encoding="utf-8"))
+        kinds = {"text_encoder": "text_encoder", "dit": "transformer", "vae": "vae"}
+        self.networks = {kind: OfficialNetwork(kind, shapes[name]["tensors"], in_blocks)
+                         for kind, name in kinds.items()}
 
-    return Release()
+
+SIZE, CUDA = (2 ** 20, 1), torch.device("cuda")
 
 
 @pytest.mark.parametrize("weights, offload, gigabytes", [
     (None, None, 26), (None, "networks", 13), ("int8", "networks", 7), ("int8", None, 17),
     (None, "blocks", 2.4)])
-def test_memory_of_the_release(release, weights, offload, gigabytes):
-    size = 2 ** 20, 1
-    needed = hardware.memory_needed(release.networks, size, torch.bfloat16, weights, offload)
+def test_memory_of_the_release(weights, offload, gigabytes):
+    choice = hardware.Choice(torch.bfloat16, weights, offload)
+    needed = hardware.memory_needed(Release().networks, SIZE, choice)
     assert needed / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+@pytest.mark.parametrize("in_blocks, choice, gigabytes", [
+    ("BF16", (torch.bfloat16,), 5.58),            # all mapped but the VAE; its activations
+    ("BF16", (torch.float32,), 46.3),
+    ("BF16", (torch.bfloat16, "int8"), 15.2),
+    ("BF16", (torch.bfloat16, None, None, (), True), 17.9),      # a LoRA changes the DiT
+    ("I8", (torch.bfloat16,), 5.58),              # int8 as it is stored
+    ("I8", (torch.float32,), 7.69),               # the words and norms are cast
+    ("I8", (torch.bfloat16, None, None, ()), 24.9)])
+def test_memory_on_a_cpu(in_blocks, choice, gigabytes):
+    """What is used as it is stored does not count: the system reads it again when it must."""
+    choice = hardware.Choice(*choice)._replace(is_mapped=True)
+    needed = hardware.memory_needed(Release(in_blocks).networks, SIZE, choice)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
 @pytest.mark.parametrize("device, dtype, free, offers, others", [
@@ -564,20 +585,21 @@ def test_memory_of_the_release(release, weights, offload, gigabytes):
     ("cuda", torch.bfloat16, 3e9, ["--offload blocks"], ["--offload needs"]),
     ("cuda", torch.bfloat16, 1e9, ["smaller --size"], ["needs 1"]),
     ("cpu", torch.float32, 30e9, ["--dtype bfloat16 needs", "--weights int8 needs"],
-     ["--offload"])])
-def test_what_makes_it_fit_is_named(release, monkeypatch, device, dtype, free, offers, others):
+     ["--offload"]),
+    ("cpu", torch.bfloat16, 3e9, ["smaller --size"], [])])
+def test_what_makes_it_fit_is_named(monkeypatch, device, dtype, free, offers, others):
     monkeypatch.setattr(hardware, "free_memory", lambda device: free)
     with pytest.raises(UserError) as caught:
-        hardware.check_memory(release, torch.device(device), (2 ** 20, 1), dtype)
+        hardware.check_memory(Release(), torch.device(device), SIZE, hardware.Choice(dtype))
     assert all(words in str(caught.value) for words in offers), caught.value
     assert not any(words in str(caught.value) for words in others), caught.value
 
 
 @pytest.mark.parametrize("device, free", [("cuda", 80e9), ("cuda", None), ("cpu", 8e9)])
-def test_what_fits_is_not_refused(release, monkeypatch, device, free):
+def test_what_fits_is_not_refused(monkeypatch, device, free):
     """On a CPU the weights in their own dtype are mapped."""
     monkeypatch.setattr(hardware, "free_memory", lambda device: free)
-    hardware.check_memory(release, torch.device(device), (2 ** 20, 1), torch.bfloat16)
+    hardware.check_memory(Release(), torch.device(device), SIZE, hardware.Choice(torch.bfloat16))
 
 
 def test_free_memory():
