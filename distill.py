@@ -69,7 +69,7 @@ def data_estimate(net, x_t, t, text):
 
 
 def normalized(delta, x, x_hat, floor=0.05):
-    """Delta over mean |x - x_hat| of its item (Eq. 8 of DMD): both shrink as tau goes to 1."""
+    """Delta over mean |x - x_hat| of its item: both shrink as tau goes to 1. See tutorials/03."""
     return delta / per_item((x - x_hat).abs().flatten(1).mean(1).clamp(min=floor), x)
 
 
@@ -90,7 +90,7 @@ def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
 def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=True):
     """Delta_CA (B, ...), the spear: what the text changes in the teacher's estimate (Eq. 6).
 
-    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B; alpha 1 gives 0. No gradient.
+    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B. No gradient. See tutorials/03.
     """
     x_t = renoise(x, t, noise)
     cond = data_estimate(teacher, x_t, t, text)
@@ -136,7 +136,7 @@ def sample_tau(schedule, t, shift=1.0, generator=None):
 
 
 def backward_simulation(student, noise, text, times, step):
-    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,).
+    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,). See tutorials/04.
 
     z_t is where sampler.sample takes the noise by then. Gradient: through the last call only.
     """

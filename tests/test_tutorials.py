@@ -24,9 +24,15 @@ NOTEBOOKS = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: pa
 
 # Where a function of the code is explained: its docstring names the page, and the page links to it.
 EXPLAINED = {
+    "model.DiT": "02_inside_the_dit.ipynb",
+    "model.joint_positions": "02_inside_the_dit.ipynb",
+    "model.ModulatedBlock": "02_inside_the_dit.ipynb",
+    "distill.normalized": "03_from_kl_to_two_terms.ipynb",
     "distill.distribution_matching": "03_from_kl_to_two_terms.ipynb",
+    "distill.cfg_augmentation": "03_from_kl_to_two_terms.ipynb",
     "distill.proxy_loss": "03_from_kl_to_two_terms.ipynb",
     "distill.fake_loss": "03_from_kl_to_two_terms.ipynb",
+    "distill.backward_simulation": "04_spear_and_shield.ipynb",
     "distill.training_step": "04_spear_and_shield.ipynb",
     "distill.sample_tau": "05_when_to_renoise.ipynb",
     "sampler.sample": "01_flow_matching.ipynb",

@@ -49,7 +49,7 @@ def draw_frame(films, i):
 
 
 def pinwheel_film(folder):
-    """Writes film.gif, and film.png, its first moments as a strip."""
+    """Writes film.gif: the three runs side by side."""
     torch.set_num_threads(1)
     films = run_films(fit_teacher())
     images = [draw_frame(films, i).quantize(64) for i in MOMENTS]
@@ -57,14 +57,6 @@ def pinwheel_film(folder):
     folder.mkdir(exist_ok=True)
     write_whole(folder / "film.gif", lambda path: images[0].save(
         path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
-    moments = (0, 2, 6, 10, 20, 60, 400)
-    figure, axes = plt.subplots(3, len(moments), figsize=(10, 4.8))
-    for row, (name, frames) in zip(axes, films.items(), strict=True):
-        for axis, i in zip(row, moments, strict=True):
-            off = measure(frames[i])["off"]
-            fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{i}: off {off:.2f}", size=2)
-        row[0].set_ylabel(name, fontsize=8)
-    fig.save(figure, "film.png")
 
 
 # --- The same on the cards ----------------------------------------------------------------------
