@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -364,6 +365,26 @@ def test_frechet_of_known_gaussians():
     # |shift|^2 / trace = 3 * 4 / 3; scaling by s adds (s - 1)^2.
     assert evaluate.frechet(a + 2, a) == pytest.approx(4, rel=0.1)
     assert evaluate.frechet(3 * a, a) == pytest.approx(4, rel=0.15)
+
+
+def test_noise_is_that_of_the_sampler(monkeypatch):
+    """Picture i is the one that sampler.py draws with seed + i, whatever the batch."""
+    class Still(torch.nn.Module):
+        config = SimpleNamespace(in_channels=2)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, text):
+            return torch.zeros_like(x)
+
+    pipeline = SimpleNamespace(dit=Still(), shift=3.0, vae=SimpleNamespace(
+        config=SimpleNamespace(downsampling=8)))
+    monkeypatch.setattr(sampler, "encode_prompts", lambda pipeline, prompts: None)
+    latents = evaluate.sample_latents(pipeline, ["a"] * 5, 2, 0.0, seed=7, batch=2)
+    wanted, _ = sampler.latent_noise(pipeline, 128, 128, 7, 5)
+    torch.testing.assert_close(latents, wanted)
 
 
 # --- Command line -------------------------------------------------------------------------------
