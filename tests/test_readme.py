@@ -68,6 +68,12 @@ def test_links_exist(name):
     assert name != "README.md" or len(targets) > 10
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_number_is_there(name):
+    """Numbers that wait for a run are marked with @@; nothing is published with such a mark."""
+    assert "@@" not in DOCUMENTS[name]
+
+
 def test_there_are_commands_to_check():
     assert len(COMMANDS) > 20
     assert any("distill.py" in command for command in COMMANDS)
