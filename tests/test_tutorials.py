@@ -279,6 +279,21 @@ def test_command_line(folder, tmp_path):
     assert not list(tmp_path.rglob("*.part*"))
 
 
+def test_several_runs_side_by_side(folder, tmp_path):
+    add_samples(folder, [4, 8])
+    other = tmp_path / "bad"
+    other.mkdir()
+    write_log(other, [log_line(i, std_ratio=3.0) for i in (10, 20)])
+    result = run(folder, other)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(tmp_path / "runs.png")
+    figure = plot_run.compare_runs([folder, other])
+    spread = [axis for axis in figure.axes if axis.get_title().startswith("Spread")]
+    assert len(spread) == 2 and spread[0].get_ylim() == spread[1].get_ylim()
+    assert list(spread[1].lines[0].get_ydata()) == [3.0, 3.0]
+    refused(run(folder, tmp_path / "nowhere"), "nowhere")
+
+
 def test_refuses_a_folder_that_is_no_run(tmp_path):
     refused(run(tmp_path / "nowhere"), "there is no folder", "nowhere")
     refused(run(tmp_path), "log.jsonl", "No such file")

@@ -245,6 +245,16 @@ def collapse():
     films.cards_film(IMAGES)
 
 
+def observer():
+    import films
+    save(films.observer_figure(), "observer.png", dpi=100)
+
+
+def runs():
+    import films
+    films.read_runs().savefig(IMAGES / "runs.png", dpi=90)
+
+
 def pages():
     command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -261,6 +271,8 @@ FIGURES = {                                              # name: (how, what and 
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF; 1 minute"),
     "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
+    "observer": (observer, "what DM removes, on the cards; 5 minutes after the collapse"),
+    "runs": (runs, "five runs of distill.py to read, side by side; 5 minutes"),
     "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
 
 
