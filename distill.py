@@ -74,7 +74,7 @@ def data_estimate(net, x_t, t, text):
 def normalized(delta, x, x_hat, floor=0.05):
     """Divides delta by mean |x - x_hat| of its item, at least `floor` (Eq. 8 of DMD).
 
-    Both shrink as tau goes to 1; the ratio keeps its size.
+    Both shrink as tau goes to 1; the ratio keeps its size. See tutorials/03.
     """
     return delta / per_item((x - x_hat).abs().flatten(1).mean(1).clamp(min=floor), x)
 
@@ -96,7 +96,7 @@ def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
 def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=True):
     """Delta_CA (B, ...), the spear: what the text changes in the teacher's estimate (Eq. 6).
 
-    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B; alpha 1 gives 0. No gradient.
+    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B. No gradient. See tutorials/03.
     """
     x_t = renoise(x, t, noise)
     cond = data_estimate(teacher, x_t, t, text)
@@ -142,7 +142,7 @@ def sample_tau(schedule, t, shift=1.0, generator=None):
 
 
 def backward_simulation(student, noise, text, times, step):
-    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,).
+    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,). See tutorials/04.
 
     z_t is where sampler.sample takes the noise by then. Gradient: through the last call only.
     """

@@ -243,7 +243,7 @@ def joint_positions(lengths, m, h, w):
                          (k + 1, 1, 0)  (k + 1, 1, 1)  ...
         image padding    (0, 0, 0)
 
-    The caption runs along the frame axis like time in a video; the image is the frame after it.
+    The caption runs along the frame axis like time in a video, then the image. See tutorials/02.
     lengths (B,): caption lengths without padding. m: caption tokens in the batch, with padding.
     """
     device = lengths.device
@@ -317,7 +317,7 @@ class Block(nn.Module):
 
 
 class ModulatedBlock(Block):
-    """The same block, told the time: c (B, min(dim, 256)) gives scales and gates.
+    """The same block, told the time: c (B, min(dim, 256)) gives scales and gates. See tutorials/02.
 
         x += tanh(gate) * norm2(f(norm1(x) * (1 + scale)))
     """
@@ -352,7 +352,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """S3-DiT: one stream of image tokens followed by caption tokens.
 
-    It is ZImageTransformer2DModel of diffusers, with the time and the sign of this project.
+    It is diffusers' ZImageTransformer2DModel, with our time and sign. See tutorials/02.
     """
 
     def __init__(self, config):

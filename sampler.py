@@ -318,7 +318,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
 # --- Command line -------------------------------------------------------------------------------
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
-           for name in ("cards/student", "cards/teacher", "shapes/student", "shapes/teacher")]
+           for name in ("cards/student", "shapes/student", "shapes/teacher")]
 SDPBackend = nn.attention.SDPBackend
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}

@@ -284,7 +284,7 @@ def test_the_number_of_pictures_at_once_is_recorded():
 
 
 def test_like_finds_the_bundled_model():
-    draw("a small red circle on a blue background")
+    draw("a red card with the word HI")
     draw("--like", "image.png")
     assert same_pixels("image.png", "image-1.png")
 
@@ -751,7 +751,7 @@ def test_closed_streams(tmp_path, closed):
 
 def test_a_linked_script_finds_the_bundled_model(tmp_path):
     (tmp_path / "draw").symlink_to(ROOT / "sampler.py")
-    result = subprocess.run([sys.executable, tmp_path / "draw", "a small red circle"],
+    result = subprocess.run([sys.executable, tmp_path / "draw", "a red card"],
                             cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "image.png").exists()

@@ -182,19 +182,17 @@ def figures(readings, prompts, rows, chosen):
 
 @torch.no_grad()
 def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
-    """Prompts -> latents (B, C, h, w). The noise of prompt i depends on seed, i and batch alone."""
+    """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler."""
     latents, device = [], next(pipeline.dit.parameters()).device
-    channels, side = pipeline.dit.config.in_channels, data.SIDE // pipeline.vae.config.downsampling
     times = sampler.time_schedule(steps, pipeline.shift)
-    generator = torch.Generator().manual_seed(seed)
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     title = f"{steps} steps, guidance {guidance:g}"
     for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
         part = prompts[start:start + batch]
-        noise = torch.randn(len(part), channels, side, side, generator=generator).to(device)
+        noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE, seed + start, len(part))
         text = sampler.encode_prompts(pipeline, part)
-        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance,
-                                      negative=negative))
+        latents.append(sampler.sample(pipeline.dit, noise.to(device), text, times,
+                                      guidance=guidance, negative=negative))
     return torch.cat(latents)
 
 
