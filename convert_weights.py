@@ -660,7 +660,7 @@ def temporary(folder, prefix, make):
                 remove(old)
     with ExitStack() as stack:
         for _ in range(3):                    # another writer may remove a path before it is locked
-            path = folder / f"{prefix}{secrets.token_hex(4)}"
+            path = folder / f"{prefix}{secrets.token_hex(4)}.new"     # torch.save wants a suffix
             make(path)
             stack.callback(remove, path)
             if stack.enter_context(locked(path)) or not fcntl:

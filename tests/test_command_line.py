@@ -271,7 +271,7 @@ def test_a_single_file_part_has_the_releases_size(tmp_path):
     tensors = load_file(tmp_path / "comfy/z_image.safetensors")
     save_file(tensors, tmp_path / "dit.safetensors")             # without our header
     result = run_here(sampler.main, "a cat", *PARTS[2:], "--dit", "dit.safetensors")
-    refused(result, "dit.safetensors", "instead of [3840, 3840]")
+    refused(result, "dit.safetensors", "instead of [3840, 2560]")
 
 
 def test_the_number_of_pictures_at_once_is_recorded():

@@ -607,7 +607,7 @@ def test_quantizing_while_loading_needs_one_tensor_more(kind, monkeypatch):
 
     def quantize_layer(linear, weight):
         assert weight.dtype == torch.bfloat16
-        weights = [m.weight for m in modules[0].modules()
+        weights = [m.weight for m in modules[-1].modules()
                    if isinstance(m, torch.nn.Linear) and m.bias is None]
         counts.append(sum(w.dtype.itemsize == 1 for w in weights))
         assert counts[-1] + sum(w.is_meta for w in weights) == len(weights) == 7 * 7
