@@ -546,20 +546,20 @@ def main():
     add("--check", metavar="DIR", help="compare a downloaded Turbo release with its MD5 list")
     add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
     args = parser.parse_intermixed_args()     # options may stand between SRC and DST
-    if args.check is not None:
+    if args.check is not None and not args.source:
         results = formats.check_release(args.check)
         print("\n".join(f"{state:8} {name}" for name, state in results))
         if wrong := [f"{name} ({state})" for name, state in results if state != "ok"]:
             raise UserError(f"{len(wrong)} of {len(results)} files differ from the release: "
                             f"{', '.join(wrong)}")
         print("all files are those of the release")
-    elif args.source and args.target:
+    elif args.check is None and args.target:
         dtype = args.dtype if args.dtype in (None, "int8") else getattr(torch, args.dtype)
         convert(args.source, args.target, args.to, dtype, args.lora, dit=args.dit,
                 text_encoder=args.text_encoder, vae=args.vae, tokenizer=args.tokenizer)
         print(f"wrote {args.target}")
     else:
-        parser.error("give SRC and DST, or --check DIR")
+        parser.error("give SRC and DST, or --check DIR alone")
 
 
 # --- Shared by all command lines ----------------------------------------------------------------

@@ -7,7 +7,9 @@
     student,  1 call    0.965     1.041  0.963               0.082
 """
 import copy
+import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 
 import mixture  # it puts the repository on the path

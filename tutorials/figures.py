@@ -11,6 +11,7 @@ own figures.
 import argparse
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tutorials" / "images"
 WORLDS = [ROOT / "tutorials" / name for name in ("cards", "shapes")]

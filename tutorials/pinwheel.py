@@ -11,9 +11,11 @@ Notebooks 3, 4 and 5 use it; notebook 4 writes the loop of `distill_pinwheel` ou
 import argparse
 import copy
 import math
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 import torch.nn.functional as F
 
