@@ -924,6 +924,8 @@ def load_tokenizer(path):
         raise UserError(f"{path} is not a tokenizer file: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     for token in ("<|im_start|>", "<|im_end|>"):              # of the chat template
         if len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
             raise UserError(f"{path} does not know {token}, so it belongs to another model")
@@ -932,8 +934,6 @@ def load_tokenizer(path):
     if whole != bare:
         raise UserError(f"{path} adds tokens to each prompt (its post_processor), which Z-Image "
                         "was not trained with")
-    if getattr(tokenizer.model, "dropout", None):
-        raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     return tokenizer
 
 
