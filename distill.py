@@ -487,7 +487,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-BUNDLED = Path(__file__).resolve().parent / "tutorials" / "shapes"
+BUNDLED = Path(__file__).resolve().parent / "tutorials" / "cards"
 MAY_CHANGE = {"out", "teacher", "prompts", "cache_features", "iterations", "sample_every", "keep",
               "log_every", "device", "accumulate", "checkpoint_activations", "resume", "overwrite"}
 

@@ -1,6 +1,6 @@
 """Prompt -> image: encode, time schedule, Euler steps, decode. This is all of the method.
 
-    python sampler.py "a small red circle on a blue background"       the small bundled model
+    python sampler.py "a panda on a red card with the word LOVE"      the small bundled model
     python sampler.py "a cat" --model Tongyi-MAI/Z-Image-Turbo        the released weights
 
 The functions stand in the order of their use; `generate` calls them. The box at the top of model.py
@@ -318,7 +318,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
 # --- Command line -------------------------------------------------------------------------------
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
-           for name in ("cards/student", "shapes/student", "shapes/teacher")]
+           for name in ("cards/student", "cards/teacher")]
 SDPBackend = nn.attention.SDPBackend
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}

@@ -23,9 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tutorials" / "images"
-WORLDS = [ROOT / "tutorials" / name for name in ("cards", "shapes")]
-# The world of the bundled teacher and student: its folder also has their data.py and evaluate.py.
-WORLD = next((world for world in WORLDS if (world / "student").exists()), WORLDS[0])
+WORLD = ROOT / "tutorials" / "cards"     # of the bundled teacher and student
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(WORLD)]
 
 import matplotlib  # noqa: E402
@@ -161,12 +159,8 @@ def draw_pictures(pipeline, prompts, steps, guidance=0.0, seed=0, batch=20):
 def are_right(images, prompts):
     """Which pictures (B, 3, H, W) in [0, 1] show all that their prompt names -> list of bool."""
     import evaluate
-    pictures = evaluate.to_uint8(2 * images - 1)
-    if WORLD.name == "cards":
-        import reader
-        readings = reader.read_all(pictures, 1)
-    else:
-        readings = [evaluate.read(picture) for picture in pictures]
+    import reader
+    readings = reader.read_all(evaluate.to_uint8(2 * images - 1), 1)
     shares = [evaluate.accuracy([reading], [prompt])["joint"]
               for reading, prompt in zip(readings, prompts, strict=True)]
     return [share == 1 for share in shares]
@@ -175,9 +169,7 @@ def are_right(images, prompts):
 def is_open(prompt):
     """Whether a prompt leaves something large to the model, above all a place."""
     import data
-    wanted = data.parse(prompt)
-    names = ("place", "card", "ink") if WORLD.name == "cards" else ("position",)
-    return any(name not in wanted for name in names)
+    return any(name not in data.parse(prompt) for name in ("place", "card", "ink"))
 
 
 def evaluations(steps, guidance):
