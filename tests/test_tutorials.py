@@ -73,7 +73,9 @@ def test_page_has_its_parts(path):
     folded = text.count("<details>")
     assert folded == text.count("</details>") == text.count("<summary>Answer</summary>")
     exercises = text[text.index("## Exercises"):]
-    assert len(re.findall(r"^\*\*\d\.\*\*", exercises, re.M)) == exercises.count("<details>") >= 2
+    assert len(re.findall(r"^\*\*\d\.\*\*", exercises, re.M)) == exercises.count("<details>") >= 3
+    assert "You can now read" in text and "images/time_axis.svg" in text
+    assert "**Check" in text
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert "check(" in code or "assert " in code
     assert not re.search(r"\bpatch\(|setattr\(", code)           # nothing is replaced at run time

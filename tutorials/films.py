@@ -109,9 +109,9 @@ def cards_film(folder):
 
 # --- One good run and four bad ones, for how_to_read_a_run.md -----------------------------------
 
-MINUTE = "--steps 2 --alpha 4 --constant-rate --iterations 60 --batch-size 4 --log-every 5"
-READ_RUNS = {"good": "", "rate_too_high": "--lr 5e-3", "fake_too_slow": "--fake-lr 1e-5",
-             "alpha_too_large": "--alpha 20", "no_shield": "--no-dm"}
+MINUTE = "--steps 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 --log-every 5"
+READ_RUNS = {"good": "", "rate_too_high": "--lr 1e-2", "fake_too_slow": "--fake-lr 1e-5",
+             "alpha_too_large": "--alpha 12", "no_shield": "--no-dm"}
 
 
 def read_runs():
@@ -120,7 +120,7 @@ def read_runs():
                                   for name, options in READ_RUNS.items()])
 
 
-# --- The observer on the cards -------------------------------------------------------------------
+# --- The observer, in pictures -------------------------------------------------------------------
 
 
 def observer_figure(count=6, taus=(0.25, 0.5, 0.75), iterations=150):
@@ -141,18 +141,19 @@ def observer_figure(count=6, taus=(0.25, 0.5, 0.75), iterations=150):
         some = [prompts[(16 * i + k) % len(prompts)] for k in range(16)]
         text = encode_prompts(teacher, some)
         with torch.no_grad():
-            x = sample(spoiled.dit, torch.randn(16, 16, 16, 16), text, times)
+            noise, _ = latent_noise(teacher, teacher.size, teacher.size, 1000 + 16 * i, 16)
+            x = sample(spoiled.dit, noise, text, times)
         tau = shift_time(torch.rand(16), teacher.shift)
         update(fake_loss(fake, x, tau, text, torch.randn_like(x)), optimizer)
     shown = fig.open_prompts(count)
     with torch.no_grad():
         text = encode_prompts(teacher, shown)
-        noise = latent_noise(teacher, 128, 128, 0, count)[0]
+        noise, other = latent_noise(teacher, teacher.size, teacher.size, 0, count)
         x = sample(spoiled.dit, noise, text, times)
         rows = {"the student's outputs": x}
         for tau in taus:
             t = torch.full((count,), tau)
-            x_t = renoise(x, t, latent_noise(teacher, 128, 128, 100, count)[0])
+            x_t = renoise(x, t, other)
             for name, net in (("teacher", teacher.dit), ("fake", fake)):
                 rows[f"{name}, tau {tau}"] = data_estimate(net, x_t, t, text)
         images = {name: teacher.vae.decode(x).clamp(-1, 1) / 2 + 0.5 for name, x in rows.items()}

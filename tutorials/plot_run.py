@@ -29,7 +29,7 @@ PANELS = [                                                # title, unit, {curve:
     ("Spread of the outputs", "std / reference std", {"student": "std_ratio"}),
     ("Learning rates", "rate", {"student": "lr", "fake": "fake_lr"})]
 COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_lr": FAKE, "dm_over_ca": DM}
-SIDE_BY_SIDE = [1, 0, 4]                                  # the panels of several runs
+SIDE_BY_SIDE = [PANELS[1], ("The fake's loss", "mean square", {"fake": "fake_loss"}), PANELS[4]]
 NEEDED = ("iteration", "loss", "dm_rms", "ca_rms", "cosine", "std_ratio", "lr")
 
 
@@ -113,7 +113,7 @@ def plot_run(folder):
     return figure
 
 
-def compare_runs(folders, count=3):
+def compare_runs(folders, count=4):
     """Several folders of runs -> Figure: a column each, panels above its last samples."""
     folders = [Path(folder) for folder in folders]
     for folder in folders:
@@ -124,10 +124,15 @@ def compare_runs(folders, count=3):
     rows = len(SIDE_BY_SIDE) + 1
     axes = figure.subplots(rows, len(folders), squeeze=False, sharey="row")
     for column, (folder, log) in enumerate(zip(folders, logs, strict=True)):
-        for axis, number in zip(axes[:-1, column], SIDE_BY_SIDE, strict=True):
-            title, unit, names = PANELS[number]
+        for axis, (title, unit, names) in zip(axes[:-1, column], SIDE_BY_SIDE, strict=True):
             draw_panel(axis, log, title, unit if column == 0 else "", names)
-        axes[0, column].set_title(f"{folder.resolve().name}\n\n{PANELS[SIDE_BY_SIDE[0]][0]}")
+            if not title.startswith("Spread"):
+                axis.set_yscale("log")
+            if not axis.lines:
+                axis.axis("off")
+            if column and axis.get_legend():
+                axis.get_legend().remove()
+        axes[0, column].set_title(f"{folder.resolve().name}\n\n{SIDE_BY_SIDE[0][0]}")
         axis, strips = axes[-1, column], read_strips(folder, 2)
         axis.set(xticks=[], yticks=[], frame_on=False)
         axis.grid(False)
