@@ -266,12 +266,12 @@ def test_parts_without_a_model():
 
 
 def test_a_single_file_part_has_the_releases_size(tmp_path):
-    """Without --model a file without a configuration is of the release, not of the bundled model."""
+    """Not the bundled model's, where a file has no configuration."""
     convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
     tensors = load_file(tmp_path / "comfy/z_image.safetensors")
     save_file(tensors, tmp_path / "dit.safetensors")             # without our header
     result = run_here(sampler.main, "a cat", *PARTS[2:], "--dit", "dit.safetensors")
-    refused(result, "dit.safetensors", "instead of [3840, 3840]")
+    refused(result, "dit.safetensors", "instead of [3840, 2560]")
 
 
 def test_the_number_of_pictures_at_once_is_recorded():
