@@ -27,6 +27,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -34,13 +35,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
 import torch.nn as nn
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import formats
-from formats import NETWORKS, UserError, fingerprint, is_number, read_json, rename, write_json  # noqa: F401
+from formats import (  # noqa: F401
+    NETWORKS,
+    UserError,
+    fingerprint,
+    is_number,
+    read_json,
+    rename,
+    write_json,
+)
 
 try:
     import fcntl
@@ -291,12 +302,6 @@ def common_dtype(network):
     return max(count, key=count.get, default=torch.bfloat16)
 
 
-def damaged_weights(module):
-    """Names of weights that are not finite: what to blame where a network's output is not."""
-    return [name for name, tensor in module.state_dict().items()
-            if tensor.is_floating_point() and not formats.is_finite(tensor)]
-
-
 def open_network(kind, path, like=None):
     """Finds a network on disk, and checks every name and shape -> Network.
 
@@ -541,20 +546,20 @@ def main():
     add("--check", metavar="DIR", help="compare a downloaded Turbo release with its MD5 list")
     add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
     args = parser.parse_intermixed_args()     # options may stand between SRC and DST
-    if args.check is not None:
+    if args.check is not None and not args.source:
         results = formats.check_release(args.check)
         print("\n".join(f"{state:8} {name}" for name, state in results))
         if wrong := [f"{name} ({state})" for name, state in results if state != "ok"]:
             raise UserError(f"{len(wrong)} of {len(results)} files differ from the release: "
                             f"{', '.join(wrong)}")
         print("all files are those of the release")
-    elif args.source and args.target:
+    elif args.check is None and args.target:
         dtype = args.dtype if args.dtype in (None, "int8") else getattr(torch, args.dtype)
         convert(args.source, args.target, args.to, dtype, args.lora, dit=args.dit,
                 text_encoder=args.text_encoder, vae=args.vae, tokenizer=args.tokenizer)
         print(f"wrote {args.target}")
     else:
-        parser.error("give SRC and DST, or --check DIR")
+        parser.error("give SRC and DST, or --check DIR alone")
 
 
 # --- Shared by all command lines ----------------------------------------------------------------
@@ -562,6 +567,7 @@ def main():
 
 def run_command(main):
     """Runs a command line: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (the user closed it)
         setattr(sys, name, stream)
@@ -654,7 +660,7 @@ def temporary(folder, prefix, make):
                 remove(old)
     with ExitStack() as stack:
         for _ in range(3):                    # another writer may remove a path before it is locked
-            path = folder / f"{prefix}{secrets.token_hex(4)}"
+            path = folder / f"{prefix}{secrets.token_hex(4)}.new"     # torch.save wants a suffix
             make(path)
             stack.callback(remove, path)
             if stack.enter_context(locked(path)) or not fcntl:

@@ -38,6 +38,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import convert_weights
+import formats
 import sampler
 import scale
 from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
@@ -69,7 +72,10 @@ def data_estimate(net, x_t, t, text):
 
 
 def normalized(delta, x, x_hat, floor=0.05):
-    """Delta over mean |x - x_hat| of its item (Eq. 8 of DMD): both shrink as tau goes to 1."""
+    """Divides delta by mean |x - x_hat| of its item, at least `floor` (Eq. 8 of DMD).
+
+    Both shrink as tau goes to 1; the ratio keeps its size. See tutorials/03.
+    """
     return delta / per_item((x - x_hat).abs().flatten(1).mean(1).clamp(min=floor), x)
 
 
@@ -90,7 +96,7 @@ def distribution_matching(teacher, fake, x, t, text, noise, normalize=True):
 def cfg_augmentation(teacher, x, t, text, null_text, alpha, noise, normalize=True):
     """Delta_CA (B, ...), the spear: what the text changes in the teacher's estimate (Eq. 6).
 
-    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B; alpha 1 gives 0. No gradient.
+    t: tau_ca (B,); null_text: the empty prompt, of batch 1 or B. No gradient. See tutorials/03.
     """
     x_t = renoise(x, t, noise)
     cond = data_estimate(teacher, x_t, t, text)
@@ -136,7 +142,7 @@ def sample_tau(schedule, t, shift=1.0, generator=None):
 
 
 def backward_simulation(student, noise, text, times, step):
-    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,).
+    """The student's output x = G(z_t) at t = times[step] -> x (B, ...), t (B,). See tutorials/04.
 
     z_t is where sampler.sample takes the noise by then. Gradient: through the last call only.
     """
@@ -154,9 +160,9 @@ class Settings:
     steps: int = 4               # of the student's schedule
     alpha: float = 2.0           # guidance scale of the spear; 1 is none
     schedule: str = "hybrid"     # of the re-noising times, a key of SCHEDULES
-    fake_schedule: str = "full"  # of the fake's own times: U(0, 1), as in the paper
+    fake_schedule: str = "full"  # of the fake's times: all of 0 to 1 before the shift (paper)
     shift: float = 3.0           # of the student's times and of every re-noising time
-    normalize: bool = True       # each term by its size
+    normalize: bool = True       # divide each term by the teacher's mean error |x - x_hat|
     fake_updates: int = 2        # for one update of the student
     clip: float = 1.0            # largest norm of a gradient
 
@@ -262,7 +268,7 @@ def warm_up(nets, text, noise, settings, generator=None):
 
 # --- The run --------------------------------------------------------------------------------------
 
-WARMUP = 20            # updates over which the student's learning rate rises
+RAMP = 20              # updates over which the student's learning rate rises to its full value
 MAX_SKIPPED = 10       # iterations in a row without a finite gradient that end a run
 
 
@@ -277,19 +283,21 @@ class Run:
         self.pipeline, self.prompts, self.settings, self.args = pipeline, prompts, settings, args
         self.out, self.processes = Path(args.out), scale.Processes(pipeline.device)
         self.draws = self.processes if self.processes.count > 1 else nullcontext()
-        self.null_text, first = encode_prompts(pipeline, [""]), range(min(16, len(prompts)))
+        self.null_text = encode_prompts(pipeline, [""])
+        first = range(min(16, len(prompts)))
         self.shown = [self.encode(first[i:i + args.batch_size]) for i in first[::args.batch_size]]
-        self.texts = self.encode
+        self.text_of = self.encode
         if args.cache_features:
-            self.texts = scale.FeatureCache(
-                args.cache_features, pipeline, prompts, fingerprints(args)[1:], self.processes)
+            self.text_of = scale.FeatureCache(
+                args.cache_features, pipeline, prompts, fingerprints(args), self.processes)
+            pipeline.text_encoder.cpu()        # frees the GPU; nothing more is encoded
         networks = scale.LowRankNetworks if args.lora else scale.WholeNetworks
         self.learners = networks(pipeline.dit, args, self.processes)
         if adjust:
             adjust(self.learners)
         nets = {name: scale.AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
                 for name, net in self.learners.nets.items()}
-        self.averaged, self.counted = nets.pop("averaged"), nets.values()
+        self.averaged, self.counted = nets.pop("averaged"), tuple(nets.values())
         # The student uses momentum because its gradient is noisy. The fake uses none because it
         # must follow the student quickly.
         weights = self.learners.weights
@@ -300,7 +308,7 @@ class Run:
         self.shape = (pipeline.dit.config.in_channels, side, side)
         times = time_schedule(pipeline.steps, pipeline.shift)
         self.reference_std = float(self.sample(self.nets.teacher, times, pipeline.guidance).std())
-        self.progress = self.load()
+        self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
 
     def encode(self, items):
         return encode_prompts(self.pipeline, [self.prompts[i] for i in items])
@@ -315,40 +323,47 @@ class Run:
         items = torch.randint(len(self.prompts), (size,), generator=generator)
         noise = torch.randn(size, *self.shape, generator=generator)
         settings = replace(self.settings, steps=random.Random(seed).choice(self.args.steps))
-        text = self.texts(self.processes.share(items).tolist())
+        text = self.text_of(self.processes.share(items).tolist())
         return text, self.processes.share(noise).to(self.pipeline.device), settings, generator
 
     def warm_up(self, i):
         """The fake alone learns what the student makes at the start."""
-        text, noise, settings, generator = self.batch(i)
-        with self.draws:
-            warm_up(self.nets, text, noise, settings, generator)
+        text, *rest = self.batch(i)
         self.progress.warmed = i + 1
+        self.attempt(warm_up, text, *rest)
+
+    def attempt(self, step, *arguments):
+        """step(nets, *arguments) -> its metrics; None if a gradient is not finite, which counts."""
+        p = self.progress
+        try:
+            with self.draws:
+                metrics = step(self.nets, *arguments)
+        except FloatingPointError:
+            p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
+            return None
+        p.in_a_row = 0
+        return metrics
 
     def iterate(self, i):
-        """training_step, then the student's average; without effect if a gradient is not finite."""
-        args, p, weights = self.args, self.progress, self.learners.weights
-        text, noise, settings, generator = self.batch(args.warmup + i)
+        """training_step, then the student's average. A gradient that is not finite ends it."""
+        args, weights = self.args, self.learners.weights
+        text, *rest = self.batch(args.warmup + i)
         for group in self.nets.student_optimizer.param_groups:
             group["lr"] = learning_rate(i, args)
         for net in self.counted:
             net.forwards = net.backwards = 0
-        p.done = i + 1
-        try:
-            with self.draws:
-                metrics = training_step(
-                    self.nets, text, self.null_text, noise, settings, generator)
-        except FloatingPointError:
-            p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
+        self.progress.done = i + 1
+        metrics = self.attempt(training_step, text, self.null_text, *rest)
+        if metrics is None:
             return
-        p.in_a_row = 0
+        # A short memory at first, so that the initial weights are soon forgotten.
         keep = min(args.ema, (i + 1) / (i + 10))
         scale.interpolate(weights["averaged"], weights["student"], 1 - keep)
         if args.follow:
             scale.interpolate(weights["fake"], weights["student"], args.follow)
-        metrics["forwards"] = sum(net.forwards for net in self.counted) / len(noise)
-        metrics["backwards"] = sum(net.backwards for net in self.counted) / len(noise)
-        p.recent.append(self.processes.mean(metrics))
+        for name in ("forwards", "backwards"):
+            metrics[name] = sum(getattr(net, name) for net in self.counted) / len(rest[0])
+        self.progress.recent.append(self.processes.mean(metrics))
 
     @torch.no_grad()
     def sample(self, net, times, guidance=0.0):
@@ -401,10 +416,6 @@ class Run:
         place = self.out / "checkpoints"
         scale.save_checkpoint(place, self.tensors(), self.progress, self.args.keep, self.processes)
 
-    def load(self):
-        """The newest checkpoint -> Progress; of a new run its start. The log is cut back to it."""
-        return scale.load_checkpoint(self.out, self.tensors(), self.processes)
-
     def log(self):
         """A line of log.jsonl: means over the iterations since the last line."""
         p, line = self.progress, {}
@@ -423,21 +434,21 @@ class Run:
 
     def end_if_asked(self, number):
         """Ends the process after a signal, or after too many iterations without effect."""
-        number = max(self.processes.mean({"signal": number}).values()) * self.processes.count
+        asked = self.processes.mean({"any": number > 0, "int": number == signal.SIGINT})
         if self.progress.in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"{MAX_SKIPPED} iterations in a row gave no finite gradient: try a smaller --lr or "
                 f"--alpha; the last good checkpoint, if there is one, is in {self.out}/checkpoints")
-        if number:
+        if asked["any"]:
             self.save_checkpoint()
             print(f"saved after iteration {self.progress.done}; --resume goes on", file=sys.stderr)
-            raise SystemExit(130 if number == signal.SIGINT else 0)
+            raise SystemExit(130 if asked["int"] else 0)
 
 
 def learning_rate(i, args):
-    """The student's rate in update i (from 0): up over WARMUP updates, then linearly to 0."""
+    """The student's rate in update i (from 0): up over RAMP updates, then linearly to 0."""
     fall = 1 if args.constant_rate else 1 - i / args.iterations
-    return args.lr * max(min((i + 1) / WARMUP, fall), 0)
+    return args.lr * max(min((i + 1) / RAMP, fall), 0)
 
 
 def train(pipeline, prompts, settings, args, callback=None, **changes):
@@ -519,13 +530,14 @@ def parse_arguments(arguments=None):
         shown = "" if default is None else " (default: %(default)s)"
         add(f"--{name}", type=kind, default=default, metavar=metavar, help=text + shown)
     for name, text in [("no-dm", "the spear alone: without distribution matching"),
-                       ("no-normalize", "terms as they are, not divided by their size"),
+                       ("no-normalize", "terms as they are, not divided by the teacher's error"),
                        ("constant-rate", "the learning rate does not fall (shows the collapse)"),
                        ("checkpoint-activations", "less memory, a third more computation"),
                        ("resume", "go on with the run in --out, with its options"),
                        ("overwrite", "remove the run in --out and begin again")]:
         add(f"--{name}", action="store_true", help=text)
-    add("--schedule", choices=list(SCHEDULES), default=some.schedule, help="of re-noising times")
+    add("--schedule", choices=list(SCHEDULES), default=some.schedule,
+        help="of re-noising times (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products (default: float32 on a CPU, bfloat16 elsewhere)")
     args = parser.parse_args(arguments)
@@ -534,14 +546,18 @@ def parse_arguments(arguments=None):
     if args.no_dm and (args.alpha == 1 or args.warmup or args.follow):
         raise UserError("--no-dm leaves CA alone, without a fake: it goes with an --alpha above 1, "
                         "and not with --warmup or --follow")
+    for name in ("fake_lr", "fake_updates") if args.no_dm else ():
+        if getattr(args, name) != parser.get_default(name):
+            warnings.warn(f"--no-dm trains no fake: --{name.replace('_', '-')} has no effect",
+                          stacklevel=1)
     if args.teacher and not args.prompts and not args.resume:
         raise UserError("a teacher of your own needs prompts: give --prompts FILE, one a line")
     return args
 
 
 def absolute(path):
-    """An argparse type: a path that stays right in another directory."""
-    return str(Path(path).absolute())
+    """An argparse type: a path that stays right in another directory. A hub name is no path."""
+    return path if formats.is_hub_name(path) else str(Path(path).absolute())
 
 
 def make_settings(args, pipeline):
@@ -552,18 +568,6 @@ def make_settings(args, pipeline):
     return Settings(
         steps=args.steps[0], alpha=args.alpha, schedule=args.schedule, shift=shift,
         normalize=not args.no_normalize, fake_updates=0 if args.no_dm else args.fake_updates)
-
-
-def as_arguments(args):
-    """The namespace as a command line, which parse_arguments reads again."""
-    words = []
-    for name, value in vars(args).items():
-        if value is True and name not in ("resume", "overwrite"):
-            words.append(f"--{name.replace('_', '-')}")
-        elif not isinstance(value, bool) and value is not None and name != "out":
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words.append(f"--{name.replace('_', '-')}={text}")
-    return words
 
 
 def resumed_arguments(args, given):
@@ -583,6 +587,10 @@ def resumed_arguments(args, given):
             raise UserError(
                 f"--resume: --{name.replace('_', '-')} was {getattr(before, name)} in {out}, not "
                 f"{value}; leave it out to go on, or begin a run in another --out")
+    for name in ("teacher", "prompts"):
+        if not Path(getattr(args, name) or out).exists():
+            raise UserError(f"--resume: {getattr(args, name)} is gone; if it has moved, give its "
+                            f"new place as --{name}")
     if config.get("fingerprints") != fingerprints(args):
         raise UserError(f"--resume: the teacher or the prompts of {out} are others now; name those "
                         "of the run, wherever they are, or begin a run in another --out")
@@ -605,6 +613,7 @@ def main():
     args = parse_arguments()
     if args.resume:
         args = resumed_arguments(args, sys.argv[1:])
+    args.teacher = args.teacher and str(formats.located(args.teacher))
     device = sampler.find_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     sampler.keep_freed_memory()
@@ -625,9 +634,10 @@ def main():
     if processes.rank == 0:
         scale.prepare_folder(args, {"made_by": "distill.py", "torch": torch.__version__,
                                     "fingerprints": fingerprints(args),
-                                    "arguments": as_arguments(args)})
+                                    "arguments": scale.as_arguments(args)})
     processes.from_first()
-    train(pipeline, prompts, settings, args)
+    with processes.end_together():
+        train(pipeline, prompts, settings, args)
     if processes.rank == 0:
         student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"

@@ -924,6 +924,8 @@ def load_tokenizer(path):
         raise UserError(f"{path} is not a tokenizer file: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     for token in ("<|im_start|>", "<|im_end|>"):              # of the chat template
         if len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
             raise UserError(f"{path} does not know {token}, so it belongs to another model")
@@ -932,8 +934,6 @@ def load_tokenizer(path):
     if whole != bare:
         raise UserError(f"{path} adds tokens to each prompt (its post_processor), which Z-Image "
                         "was not trained with")
-    if getattr(tokenizer.model, "dropout", None):
-        raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     return tokenizer
 
 
@@ -999,9 +999,7 @@ SAMPLING_FILE = "sampling.json"       # our settings in an official directory, b
 
 def find_parts(path, named):
     """The parts of a model that are not named: {part: file or folder}, and its settings."""
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
-        path = download(str(path), named)
-    path = Path(path)
+    path = located(path, named)
     if (path / "dit.safetensors").exists() and (path / "config.json").exists():
         config = read_json(path / "config.json")
         settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
@@ -1019,6 +1017,16 @@ def find_parts(path, named):
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
     return places, check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def is_hub_name(path):
+    return (re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) is not None
+            and not Path(path).exists())
+
+
+def located(path, named=()):
+    """A path as it is; for a name on the hub the folder that it is fetched to."""
+    return download(str(path), named) if is_hub_name(path) else Path(path)
 
 
 def find_single_files(path, named):
@@ -1258,6 +1266,20 @@ def is_finite(tensor):
     """Whether all numbers of a tensor are. If one is not, neither is their sum, which is fast."""
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def damaged_weights(module):
+    """Names of weights that are not finite: what to blame where a network's output is not."""
+    return [name for name, tensor in module.state_dict().items()
+            if tensor.is_floating_point() and not is_finite(tensor)]
+
+
+def find_cause(pipeline, otherwise):
+    """Why numbers are not finite: the damaged weights, or if there are none, `otherwise`."""
+    networks = {kind: getattr(pipeline, kind) for kind in NETWORKS}
+    names = [f"{name} ({kind})" for kind, net in networks.items()
+             for name in damaged_weights(net)]
+    return f"damaged weights are to blame: {some(names)}" if names else otherwise
 
 
 def is_number(value):

@@ -5,8 +5,8 @@
     Gaussian noise ------------------------+
 
 The text encoder is Qwen3, the diffusion transformer is called S3-DiT, the VAE is that of Flux.
-This file holds the networks and nothing else. Files are the matter of convert_weights.py; sampling,
-hardware, number formats and memory are the matter of sampler.py.
+This file holds the networks and nothing else. convert_weights.py and formats.py read files,
+sampler.py samples, hardware.py saves memory and time.
 
 +-- The convention of this project ---------------------------------------------------------------+
 |  time            t = 0 is pure noise, t = 1 is clean data     x_t = t * data + (1 - t) * noise  |
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     key and one value. `rotate` is rotate_pairs or rotate_halves.
     """
 
-    # A class attribute, so that sampler.use_cpu_kernels can replace the kernel in a subclass.
+    # A class attribute, so that hardware.use_cpu_kernels can replace the kernel in a subclass.
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, dim, heads, kv_heads, head_dim, eps, rotate):
@@ -243,7 +243,7 @@ def joint_positions(lengths, m, h, w):
                          (k + 1, 1, 0)  (k + 1, 1, 1)  ...
         image padding    (0, 0, 0)
 
-    The caption runs along the frame axis like time in a video; the image is the frame after it.
+    The caption runs along the frame axis like time in a video, then the image. See tutorials/02.
     lengths (B,): caption lengths without padding. m: caption tokens in the batch, with padding.
     """
     device = lengths.device
@@ -317,7 +317,7 @@ class Block(nn.Module):
 
 
 class ModulatedBlock(Block):
-    """The same block, told the time: c (B, min(dim, 256)) gives scales and gates.
+    """The same block, told the time: c (B, min(dim, 256)) gives scales and gates. See tutorials/02.
 
         x += tanh(gate) * norm2(f(norm1(x) * (1 + scale)))
     """
@@ -352,7 +352,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """S3-DiT: one stream of image tokens followed by caption tokens.
 
-    It is ZImageTransformer2DModel of diffusers, with the time and the sign of this project.
+    It is diffusers' ZImageTransformer2DModel, with our time and sign. See tutorials/02.
     """
 
     def __init__(self, config):

@@ -4,7 +4,7 @@
     python sampler.py "a cat" --model Tongyi-MAI/Z-Image-Turbo        the released weights
 
 The functions stand in the order of their use; `generate` calls them. The box at the top of model.py
-defines time, velocity and Euler step. What is optional stands below a line that says so.
+defines time, velocity and Euler step. Less memory and more speed: hardware.py.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -23,23 +24,21 @@ from pathlib import Path
 
 # OpenMP's threads spin while they wait, which on a busy machine costs several times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-try:
-    if __name__ == "__main__" and sys.stderr:
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))       # until run_command
+    if sys.stderr:
         print("loading ...", file=sys.stderr, flush=True)        # PyTorch alone takes seconds
-    import numpy as np
-    import torch
-    import torch.nn as nn
-    from PIL import Image, ImageOps, PngImagePlugin
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
-except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps, PngImagePlugin
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
 import convert_weights
+import formats
 import hardware
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
-from formats import NETWORKS, some
 from hardware import (
     TakeTurns,
     advise_on_errors,
@@ -146,11 +145,11 @@ def decode(pipeline, latents):
     if not latents.isfinite().all():
         dtype = str(pipeline.dit.x_embedder.weight.dtype).removeprefix("torch.")
         raise UserError(f"sampling in {dtype} gave numbers that are not finite: "
-                        + find_cause(pipeline, "use --dtype bfloat16 or float32"))
+                        + formats.find_cause(pipeline, "use --dtype bfloat16 or float32"))
     images = torch.cat([pipeline.vae.decode(item[None]) for item in latents])
     if not images.isfinite().all():
         raise UserError("the decoded image is not finite: "
-                        + find_cause(pipeline, "the VAE's weights are too large"))
+                        + formats.find_cause(pipeline, "the VAE's weights are too large"))
     return images.div(2).add(0.5).clamp(0, 1)
 
 
@@ -278,27 +277,12 @@ def encode_image(pipeline, image, noise):
     return torch.cat(latents).cpu()
 
 
-def find_cause(pipeline, otherwise):
-    """Why numbers are not finite: the damaged weights, or if there are none, `otherwise`."""
-    networks = {kind: getattr(pipeline, kind) for kind in NETWORKS}
-    names = [f"{name} ({kind})" for kind, net in networks.items()
-             for name in convert_weights.damaged_weights(net)]
-    return f"damaged weights are to blame: {some(names)}" if names else otherwise
-
-
 def to_output(images, output):
     """Images (B, 3, H, W) in [0, 1] as they are ("tensor"), or as PIL images ("pil")."""
     if output == "tensor":
         return images
     pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(item) for item in pixels]
-
-
-def guided_velocity(net, x, t, text, negative, guidance, cfg_normalization=False):
-    """The velocity with guidance at x (B, ...) and times t (B,), as `sample` has it in one step."""
-    v = net(x, t, text).float()
-    guided = v + guidance * (v - net(x, t, negative).float())
-    return limit_norm(guided, v, cfg_normalization) if cfg_normalization else guided
 
 
 # --- Loading ------------------------------------------------------------------------------------
@@ -334,7 +318,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
 # --- Command line -------------------------------------------------------------------------------
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
-           for name in ("cards/student", "cards/teacher", "shapes/student", "shapes/teacher")]
+           for name in ("cards/student", "shapes/student", "shapes/teacher")]
 SDPBackend = nn.attention.SDPBackend
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
@@ -722,7 +706,9 @@ def draw(args, pipeline, record, function):
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
                 continue
             seconds = round(time.perf_counter() - start, 2)
-            for i, image in enumerate(images if RANK in (0, args.share[0]) else ()):
+            if RANK and args.context_parallel:
+                images = ()                                      # the first process saves them
+            for i, image in enumerate(images):
                 entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i,
                          "batch_size": len(prompts)}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)

@@ -14,6 +14,7 @@ tutorials/from_laptop_to_cluster.md has the commands.
 
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager, nullcontext
@@ -158,7 +159,7 @@ class Adapters:
 class Processes(TorchFunctionMode):
     """The processes of torchrun, of which each takes its share of every batch. Usually one.
 
-    As a context: torch.rand (..., B) and torch.randn (B, ...) draw the whole batch and return
+    As a context: torch.rand(..., B) and torch.randn((B, ...)) draw the whole batch and return
     this process's share. So random numbers belong to an item of the batch, not to a process.
     """
 
@@ -195,6 +196,18 @@ class Processes(TorchFunctionMode):
             dist.broadcast_object_list(values, device=self.device)
             dist.barrier()
         return values[0]
+
+    @contextmanager
+    def end_together(self):
+        """Where another process has ended, this one ends with a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            told = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
+            if self.count == 1 or not told:
+                raise
+            raise UserError(f"process {self.rank} ends, for another one has ended or cannot be "
+                            f"reached: {first_line(error)[:200]}") from None
 
     def average_gradient(self, p):
         dist.all_reduce(p.grad.div_(self.count))
@@ -304,7 +317,7 @@ class PromptFile:
 class FeatureCache:
     """The text features of all prompts in safetensors files, encoded once.
 
-    `key` says of which text encoder, tokenizer and prompts; a cache of others is refused.
+    `key` says of which teacher and prompts; a cache of others is refused.
     """
     SIZE = 256                   # prompts a file
 
@@ -314,8 +327,8 @@ class FeatureCache:
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
         if convert_weights.read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} is of another text encoder, tokenizer or "
-                            "prompt file; name another directory")
+            raise UserError(f"--cache-features: {folder} is of another teacher or prompt file; "
+                            "name another directory")
         starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
         for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
             items = range(start, min(start + self.SIZE, len(prompts)))
@@ -334,6 +347,7 @@ class FeatureCache:
                 features.append(file.get_tensor(str(i)))
         lengths = torch.tensor([len(f) for f in features], device=self.device)
         return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
+
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
@@ -391,7 +405,10 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
     except FILE_FAULTS as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from None
     for old in sorted(folder.glob("[0-9]*"))[:-keep] if first else ():
-        shutil.rmtree(old)
+        # Renamed first: a process that is killed here leaves no half checkpoint under such a name.
+        gone = folder / f".part-{old.name}"
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def load_checkpoint(out, tensors, processes):
@@ -440,6 +457,18 @@ def read_run(out):
     except UserError:
         return None
     return config if config.get("made_by") == "distill.py" else None
+
+
+def as_arguments(args):
+    """The namespace as a command line, which parse_arguments reads again."""
+    words = []
+    for name, value in vars(args).items():
+        if value is True and name not in ("resume", "overwrite"):
+            words.append(f"--{name.replace('_', '-')}")
+        elif not isinstance(value, bool) and value is not None and name != "out":
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')}={text}")
+    return words
 
 
 def prepare_folder(args, config):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ COUNT = 48
 
 
 def scenes(count=COUNT, seed=1, **options):
+    """Random scenes of the whole ladder, unless options name another world."""
     rng = np.random.default_rng(seed)
-    return [data.random_scene(rng, **options) for _ in range(count)]
+    return [data.random_scene(rng, **{"world": data.LADDER[5], **options}) for _ in range(count)]
 
 
 # --- Drawings and scenes ------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def test_ladder_turns_variety_off():
         assert scene.word == ""
         assert scene.second is None
         assert scene.card in world.COLORS
-        assert scene.side == "center" and scene.poses[0].tilt == 0
+        assert scene.side is None and scene.size is None and scene.poses[0].tilt == 0
         data.draw(scene)
     for scene in scenes(60, world=data.LADDER[3]):
         assert scene.card in world.COLORS
@@ -60,6 +62,23 @@ def test_ladder_turns_variety_off():
     assert {scene.card for scene in top} == set(world.CARDS)
     assert any(scene.second for scene in top)
     assert {len(scene.word) for scene in top} == {1, 2, 3, 4, 5}
+
+
+def test_the_bundled_world_has_fewer_freedoms():
+    several = scenes(300, world=data.WORLD)
+    assert {scene.card for scene in several} == set(world.CARDS)
+    assert {scene.thing for scene in several} == set(world.THINGS)
+    for scene in several:
+        assert 1 <= len(scene.word) <= (4 if scene.word.isascii() else 2)
+        assert not set(scene.word) & set(world.DIGITS)
+        assert scene.second is scene.side is scene.size is None
+        assert scene.font == world.FONTS[0] and scene.poses[0].tilt == 0
+    # The bundled prompts are of this world.
+    for name in ("prompts.txt", "prompts_heldout.txt"):
+        prompts = sampler.read_prompts(evaluate.HERE + "/" + name)
+        named = [data.parse(prompt) for prompt in prompts[:300]]
+        assert all(len(wanted.get("word", "")) <= 4 for wanted in named)
+        assert not any(wanted.keys() & {"second", "side", "size"} for wanted in named)
 
 
 def test_held_out():
@@ -95,16 +114,13 @@ def test_words_stand_out():
                     assert np.median(distance) > 90, (card, place, ink)
 
 
-def test_region_and_crop_lie_on_the_scene():
-    rng = np.random.default_rng(0)
+def test_region_lies_on_the_scene():
     for scene in scenes(30):
         word, thing = data.text_region(scene)
         assert word.shape == thing.shape == (16, 16)
         rows = np.flatnonzero(word.any(1))
         assert rows.min() * 8 <= scene.y <= rows.max() * 8 + 8
         assert thing[scene.poses[0].y // 8, scene.poses[0].x // 8] == 1
-        row, column = data.crop_centre(scene, rng)
-        assert 0 <= row < data.SIDE and 0 <= column < data.SIDE
 
 
 # --- Captions -----------------------------------------------------------------------------------
@@ -346,6 +362,26 @@ def test_frechet_of_known_gaussians():
     # |shift|^2 / trace = 3 * 4 / 3; scaling by s adds (s - 1)^2.
     assert evaluate.frechet(a + 2, a) == pytest.approx(4, rel=0.1)
     assert evaluate.frechet(3 * a, a) == pytest.approx(4, rel=0.15)
+
+
+def test_noise_is_that_of_the_sampler(monkeypatch):
+    """Picture i is the one that sampler.py draws with seed + i, whatever the batch."""
+    class Still(torch.nn.Module):
+        config = SimpleNamespace(in_channels=2)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, text):
+            return torch.zeros_like(x)
+
+    pipeline = SimpleNamespace(dit=Still(), shift=3.0, vae=SimpleNamespace(
+        config=SimpleNamespace(downsampling=8)))
+    monkeypatch.setattr(sampler, "encode_prompts", lambda pipeline, prompts: None)
+    latents = evaluate.sample_latents(pipeline, ["a"] * 5, 2, 0.0, seed=7, batch=2)
+    wanted, _ = sampler.latent_noise(pipeline, 128, 128, 7, 5)
+    torch.testing.assert_close(latents, wanted)
 
 
 # --- Command line -------------------------------------------------------------------------------

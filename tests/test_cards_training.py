@@ -4,20 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-CARDS = ROOT / "tutorials" / "cards"
-sys.path[:0] = [str(CARDS), str(ROOT)]
+import data
+import evaluate
+import sampler
+import train
+from conftest import ROOT
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import sampler  # noqa: E402
-import train  # noqa: E402
+CARDS = ROOT / "tutorials" / "cards"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
@@ -205,7 +203,7 @@ def test_training_resumes(tmp_path, teacher_inputs, drawings):
     def run_to(name, *stops):
         for stop in stops:
             run = train.Run(str(tmp_path / name), torch.device("cpu"), stop_after=stop)
-            Path(run.out).mkdir(exist_ok=True)
+            os.makedirs(run.out, exist_ok=True)
             vae = train.train_vae(SMALL, run, drawings)
             tokenizer = data.build_tokenizer()
             model, complete = train.train_teacher(SMALL, run, tokenizer, teacher_inputs[0],
@@ -263,7 +261,7 @@ def test_the_bundled_vae_keeps_words_readable():
     images = torch.from_numpy(np.stack([data.draw(scene) for scene in scenes]))
     images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        rebuilt, psnr = train.reconstruct(train.bundled_vae(), images)
+        rebuilt, psnr = evaluate.reconstruct(train.bundled_vae(), images)
     captions = [data.caption(scene, rng, drop=0.0) for scene in scenes]
     assert psnr > 31
     assert evaluate.score(rebuilt, captions, workers=1)["joint"] == 1

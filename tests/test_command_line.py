@@ -266,7 +266,7 @@ def test_parts_without_a_model():
 
 
 def test_a_single_file_part_has_the_releases_size(tmp_path):
-    """Not the bundled model's, where a file has no configuration."""
+    """Without --model a file that has no configuration is of the release, not of the student."""
     convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
     tensors = load_file(tmp_path / "comfy/z_image.safetensors")
     save_file(tensors, tmp_path / "dit.safetensors")             # without our header
@@ -284,7 +284,7 @@ def test_the_number_of_pictures_at_once_is_recorded():
 
 
 def test_like_finds_the_bundled_model():
-    draw("a small red circle on a blue background")
+    draw("a red card with the word HI")
     draw("--like", "image.png")
     assert same_pixels("image.png", "image-1.png")
 
@@ -700,14 +700,15 @@ def test_threads_do_not_spin(script, tmp_path):
         assert run(script, "--help", env=environment).stdout == f"{expected}\n"
 
 
-@pytest.mark.parametrize("module", ["torch", "numpy", "tokenizers"])
-def test_interrupt_while_modules_are_imported(tmp_path, module):
+@pytest.mark.parametrize("script, module", [
+    ("sampler.py", "torch"), ("sampler.py", "numpy"), ("sampler.py", "tokenizers"),
+    ("distill.py", "torch"), ("convert_weights.py", "torch")])
+def test_interrupt_while_modules_are_imported(tmp_path, script, module):
     (tmp_path / f"{module}.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n")
-    result = run("sampler.py", "a cat", env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    result = run(script, "a cat", env={**os.environ, "PYTHONPATH": str(tmp_path)},
                  preexec_fn=accept_interrupts)
     assert result.returncode == 130
-    assert "interrupted" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -750,7 +751,7 @@ def test_closed_streams(tmp_path, closed):
 
 def test_a_linked_script_finds_the_bundled_model(tmp_path):
     (tmp_path / "draw").symlink_to(ROOT / "sampler.py")
-    result = subprocess.run([sys.executable, tmp_path / "draw", "a small red circle"],
+    result = subprocess.run([sys.executable, tmp_path / "draw", "a red card"],
                             cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "image.png").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_the_log_counts_the_passes_of_the_algorithm(command, monkeypatch):
 def test_rates_rise_and_fall(command):
     assert command("--lr", 1e-7, "--fake-lr", 3e-8, "--iterations", 3).returncode == 0
     assert [line["lr"] for line in command.log()] == pytest.approx(
-        [1e-7 * i / distill.WARMUP for i in (1, 2, 3)])
+        [1e-7 * i / distill.RAMP for i in (1, 2, 3)])
     assert command.log()[0]["fake_lr"] == 3e-8
     args = distill.parse_arguments([])
     assert distill.learning_rate(390, args) == pytest.approx(2e-4 * 10 / 400)
@@ -188,7 +189,8 @@ def test_follow_pulls_the_fake_to_the_student(command):
 
 
 def test_no_dm_trains_no_fake(command):
-    assert command("--no-dm").returncode == 0
+    result = command("--no-dm", "--fake-updates", 5)
+    assert result.returncode == 0 and "--fake-updates" in result.stderr
     assert all("fake_loss" not in line and line["dm_rms"] == 0 for line in command.log())
     state, teacher = command.tensors(), sampler.load_pipeline(TINY).dit.state_dict()
     assert all(torch.equal(state[f"fake.{name}"], value) for name, value in teacher.items())
@@ -281,6 +283,45 @@ def test_teacher_and_prompts_may_lie_elsewhere(finished, tmp_path):
     assert finished.resume("--iterations", 4).returncode == 0       # it remembers the new place
 
 
+@pytest.mark.parametrize("name", ["teacher", "prompts"])
+def test_what_has_moved_is_asked_for_by_its_option(finished, tmp_path, name):
+    config = finished.out / "config.json"
+    place = {"teacher": str(TINY), "prompts": str(finished.prompts)}[name]
+    config.write_text(config.read_text().replace(place, str(tmp_path / "gone")))
+    assert refused(finished.resume("--iterations", 3), "gone", f"--{name}")
+
+
+@pytest.mark.parametrize("numbers, code", [
+    ([signal.SIGINT, signal.SIGINT], 130), ([signal.SIGTERM, signal.SIGTERM], 0),
+    ([0, signal.SIGINT], 130), ([signal.SIGTERM, 0], 0)])
+def test_a_signal_at_any_process_ends_all(numbers, code, tmp_path):
+    """Each process has its own number; the mean over processes is the same for all."""
+    class Two(distill.Run):
+        def __init__(self):
+            self.progress, self.saved = scale.Progress(), 0
+            self.processes = SimpleNamespace(mean=self.mean)
+
+        def mean(self, mine):
+            number = numbers[1]
+            other = {"any": number > 0, "int": number == signal.SIGINT}
+            return {name: (mine[name] + other[name]) / 2 for name in mine}
+
+        def save_checkpoint(self):
+            self.saved += 1
+
+    run = Two()
+    with pytest.raises(SystemExit) as end:
+        run.end_if_asked(numbers[0])
+    assert end.value.code == code and run.saved == 1
+
+
+def test_a_hub_name_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert distill.absolute("owner/name") == "owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert distill.absolute("owner/name") == str(tmp_path / "owner" / "name")
+
+
 def test_leftovers_of_a_dead_process_are_removed(finished):
     (finished.out / "checkpoints" / ".part-1234").mkdir()
     assert finished.resume("--iterations", 3).returncode == 0
@@ -370,6 +411,12 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(command, monkeyp
     good = command.out / "checkpoints" / "00000003"
     assert good.exists()
     assert sampler.load_pipeline(command.out / "student").trained_steps == 4
+
+
+def test_a_warm_up_that_diverges_ends_the_run(command, monkeypatch):
+    monkeypatch.setattr(distill, "warm_up", Recorder(lambda *_: not_finite()))
+    assert refused(command("--warmup", 20), "--lr")
+    assert not list((command.out / "checkpoints").glob("*"))
 
 
 def test_a_full_disk_is_one_sentence(command, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import convert_weights
 import sampler
@@ -248,6 +249,18 @@ def test_the_cache_of_other_prompts_is_refused(command, tmp_path):
     assert refused(command("--cache-features", cache, "--overwrite"), "--cache-features")
 
 
+def test_the_cache_of_another_text_encoder_is_refused(command, tmp_path):
+    cache, other = tmp_path / "cache", shutil.copytree(TINY, tmp_path / "other")
+    assert command("--cache-features", cache).returncode == 0
+    path = next(other.glob("text_encoder/*.safetensors"))
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, path)
+    result = command("--cache-features", cache, "--overwrite", "--teacher", other)
+    assert refused(result, "--cache-features")
+
+
 # --- Several processes --------------------------------------------------------------------------
 
 
@@ -272,7 +285,8 @@ def options_of(command, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [
-    [], ["--lora", 4], ["--accumulate", 2, "--checkpoint-activations", "--steps", "2,1,4"]])
+    [], ["--lora", 4],
+    ["--batch-size", 4, "--accumulate", 2, "--checkpoint-activations", "--steps", "2,1,4"]])
 def test_two_processes_are_one(command, more):
     options = ["--iterations", 5, "--warmup", 1, *more]
     assert command(*options).returncode == 0
@@ -304,7 +318,8 @@ def test_when_one_process_dies_the_others_end(command):
         time.sleep(0.2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another one has ended" in output
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(command, monkeypatch):

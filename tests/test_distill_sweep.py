@@ -1,14 +1,18 @@
 """tutorials/cards/sweep.py: its variants are commands of distill.py; results and tables."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+import dial
 import distill
+import sampler
 import sweep
-from conftest import refused, run_here
+from conftest import TINY, refused, run_here
+from convert_weights import UserError
 from distill import Settings
 from test_distill import generator, inputs, make_nets, training_step
 
@@ -108,3 +112,20 @@ def test_ca_between_limits_looks_there_only():
     training_step(nets, *inputs(), Settings(), generator())
     _, cond, uncond = seen
     assert torch.equal(cond, uncond) and cond.min() >= 0.7 and cond.max() <= 1
+
+
+# --- A student between two students -------------------------------------------------------------
+
+
+def test_a_student_between_two():
+    """Share 0 and 1 are the two students, and half is the mean of their weights."""
+    low, high = sampler.load_pipeline(TINY), sampler.load_pipeline(TINY)
+    for p in high.dit.parameters():
+        p.data += 1
+    half = dial.between(low, high, 0.5).dit.state_dict()
+    for name, w in low.dit.state_dict().items():
+        torch.testing.assert_close(half[name], w + 0.5)
+        assert torch.equal(dial.between(low, high, 0.0).dit.state_dict()[name], w)
+    small = replace(high, dit=high.text_encoder)
+    with pytest.raises(UserError):
+        dial.between(low, small, 0.5)

@@ -571,7 +571,7 @@ def test_damage_of_what_is_computed_is_found(tmp_path, weights, monkeypatch, sto
         with pytest.raises(UserError, match=f"x: {name} is not finite.*damaged"):
             load_dit(network, dtype=dtype)
     if stored == "BF16":
-        assert convert_weights.damaged_weights(load_dit(network, dtype=torch.bfloat16)) == [name]
+        assert formats.damaged_weights(load_dit(network, dtype=torch.bfloat16)) == [name]
 
 
 @pytest.mark.parametrize("number, name", [(9, "Q8_1"), (16, "IQ2_XXS"), (39, "MXFP4"), (99, "99")])
@@ -607,7 +607,7 @@ def test_quantizing_while_loading_needs_one_tensor_more(kind, monkeypatch):
 
     def quantize_layer(linear, weight):
         assert weight.dtype == torch.bfloat16
-        weights = [m.weight for m in modules[0].modules()
+        weights = [m.weight for m in modules[-1].modules()
                    if isinstance(m, torch.nn.Linear) and m.bias is None]
         counts.append(sum(w.dtype.itemsize == 1 for w in weights))
         assert counts[-1] + sum(w.is_meta for w in weights) == len(weights) == 7 * 7

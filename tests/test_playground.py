@@ -129,4 +129,5 @@ def test_both_languages_have_every_text(page):
     words = ask(page, "Object.values(WORDS).map(words => Object.keys(words))")
     assert words[0] == words[1]
     used = set(re.findall(r'data-text="(\w+)"', PAGE)) | {name for name, *_ in ask(page, "SLIDERS")}
-    assert used <= set(words[0])
+    used |= set(re.findall(r"state\.words\.(\w+)", PAGE))
+    assert "startLabel" in used and used <= set(words[0])

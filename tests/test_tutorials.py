@@ -24,9 +24,15 @@ NOTEBOOKS = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: pa
 
 # Where a function of the code is explained: its docstring names the page, and the page links to it.
 EXPLAINED = {
+    "model.DiT": "02_inside_the_dit.ipynb",
+    "model.joint_positions": "02_inside_the_dit.ipynb",
+    "model.ModulatedBlock": "02_inside_the_dit.ipynb",
+    "distill.normalized": "03_from_kl_to_two_terms.ipynb",
     "distill.distribution_matching": "03_from_kl_to_two_terms.ipynb",
+    "distill.cfg_augmentation": "03_from_kl_to_two_terms.ipynb",
     "distill.proxy_loss": "03_from_kl_to_two_terms.ipynb",
     "distill.fake_loss": "03_from_kl_to_two_terms.ipynb",
+    "distill.backward_simulation": "04_spear_and_shield.ipynb",
     "distill.training_step": "04_spear_and_shield.ipynb",
     "distill.sample_tau": "05_when_to_renoise.ipynb",
     "sampler.sample": "01_flow_matching.ipynb",
@@ -101,7 +107,7 @@ def test_pages_are_small():
 # --- Links, both ways ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", pages.PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", pages.LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_to_functions_point_to_them(path):
     text = path.read_text(encoding="utf-8")
     assert pages.correct_links(text) == text, "python tests/tools/execute_notebooks.py --links"
@@ -271,6 +277,21 @@ def test_command_line(folder, tmp_path):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width == 1200
     assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_several_runs_side_by_side(folder, tmp_path):
+    add_samples(folder, [4, 8])
+    other = tmp_path / "bad"
+    other.mkdir()
+    write_log(other, [log_line(i, std_ratio=3.0) for i in (10, 20)])
+    result = run(folder, other)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(tmp_path / "runs.png")
+    figure = plot_run.compare_runs([folder, other])
+    spread = [axis for axis in figure.axes if axis.get_title().startswith("Spread")]
+    assert len(spread) == 2 and spread[0].get_ylim() == spread[1].get_ylim()
+    assert list(spread[1].lines[0].get_ydata()) == [3.0, 3.0]
+    refused(run(folder, tmp_path / "nowhere"), "nowhere")
 
 
 def test_refuses_a_folder_that_is_no_run(tmp_path):

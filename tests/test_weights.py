@@ -827,6 +827,7 @@ def test_check_command(tmp_path, monkeypatch):
     states = [line.split()[0] for line in result.stdout.splitlines()]
     assert len(states) == 16 and set(states) == {"wrong", "missing"}
     assert refused(run_here(convert_weights.main, "--check", tmp_path / "nowhere"), "nowhere")
+    assert refused(run_here(convert_weights.main, TINY, tmp_path / "x", "--check", TINY), "alone")
     # The real list, checked on the one file of the release that is here.
     name = "tokenizer/tokenizer.json"
     (tmp_path / "tokenizer").mkdir()

@@ -1,4 +1,4 @@
-"""Distils a DDPM, a teacher that says the noise (epsilon) at steps k, not a velocity at times t.
+"""Distils a DDPM, which predicts the noise (epsilon) at steps k, not a velocity at times t.
 
     python tutorials/another_teacher.py                  half a minute of one core. It prints
                         accuracy  std    std inside a class  distance to the data (mixture.judge)
@@ -7,7 +7,9 @@
     student,  1 call    0.965     1.041  0.963               0.082
 """
 import copy
+import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 
 import mixture  # it puts the repository on the path
@@ -30,7 +32,7 @@ def as_velocity(ddpm):
 
 
 def fit(target, steps=2000):
-    """An MLP that learns `target`(x, u, text, noise) -> input, its time, wanted; u is uniform."""
+    """An MLP trained by squared error. target(x, u, text, noise) -> (input, its time, wanted)."""
     net, g = mixture.MLP(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for i in range(steps):
@@ -52,7 +54,7 @@ def ddpm_target(x, u, text, noise):
 
 torch.manual_seed(0)
 teacher = as_velocity(fit(ddpm_target).requires_grad_(False))
-# Student and fake say velocities: they begin as an imitation of the teacher.
+# Student and fake predict velocities: they begin as an imitation of the teacher.
 student = fit(lambda x, t, text, noise: (
     renoise(x, t, noise), t, teacher(renoise(x, t, noise), t, text)))
 fake, g = copy.deepcopy(student), torch.Generator().manual_seed(0)

@@ -3,9 +3,9 @@
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from figures import CA, DM, FAKE, STUDENT, TEACHER, WRONG
+from figures import CA, DM, FAKE, IMAGE, STUDENT, TEACHER, TEXT, TIME
 
-INK = "#222222"
+INK, PLAIN = "#222222", "#777777"                        # words and lines; what needs no color
 
 
 def canvas(width, height, columns=100, rows=None):
@@ -16,7 +16,7 @@ def canvas(width, height, columns=100, rows=None):
     return figure, axis
 
 
-def box(axis, x, y, width, height, words, color=TEACHER, strength=0.22, size=9):
+def box(axis, x, y, width, height, words, color=INK, strength=0.1, size=9):
     """A rounded box around (x, y) with words."""
     for face, alpha in ((color, strength), ("none", 1.0)):
         axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, alpha=alpha,
@@ -41,7 +41,7 @@ def iteration():
     label(axis, 5, 37.5, "1", size=11, weight="bold")
     box(axis, 5, 32, 9, 7, "noise, text")
     label(axis, 18, 37.5, "2", STUDENT, 11, "bold")
-    box(axis, 18, 32, 10, 7, "student\n(learns)", STUDENT)
+    box(axis, 18, 32, 10, 7, "student\n(learns)", STUDENT, 0.22)
     box(axis, 31, 32, 8, 6, "x = G(z$_t$)", STUDENT, 0.1)
     arrow(axis, (9.5, 32), (13, 32))
     arrow(axis, (23, 32), (27, 32))
@@ -54,16 +54,16 @@ def iteration():
         box(axis, 45, y, 13, 6, words)
         arrow(axis, (35, 32 + (2 if y > 32 else -2)), (38.5, y), color)
         for dy, net, shade in ((3, "teacher, with text", TEACHER), (-3, second, second_color)):
-            box(axis, 62, y + dy, 14, 4.6, net, shade)
+            box(axis, 62, y + dy, 14, 4.6, net, shade, 0.22)
             arrow(axis, (51.5, y), (55, y + dy))
             arrow(axis, (69, y + dy), (73, y))
         label(axis, 80, y + 5.2, name, color, 11, "bold")
         box(axis, 80, y, 14, 6.5, term, color, 0.3)
         arrow(axis, (87, y), (93, 32 + (3.2 if y > 32 else -3.2)), color)
-    label(axis, 97.7, 37.5, "7", WRONG, 11, "bold")
-    box(axis, 94.5, 32, 9, 6, "CA + DM", WRONG)
-    arrow(axis, (90, 32), (35, 32), WRONG, width=2.4)
-    label(axis, 62, 33.6, "the only gradient: proxy_loss(x, CA + DM).backward()", WRONG)
+    label(axis, 97.7, 37.5, "7", size=11, weight="bold")
+    box(axis, 94.5, 32, 9, 6, "CA + DM", INK, 0.08)
+    arrow(axis, (90, 32), (35, 32), INK, width=2.4)
+    label(axis, 62, 33.6, "the only gradient: proxy_loss(x, CA + DM).backward()")
     label(axis, 62, 30.4, "no gradient goes through teacher and fake", TEACHER, 8.5)
     axis.plot((1, 99), (14.5, 14.5), color="#BBBBBB", lw=1)
     label(axis, 12, 8, "then, twice:\nthe fake learns what\nthe student draws now", FAKE)
@@ -71,7 +71,7 @@ def iteration():
     arrow(axis, (31, 29), (31, 10.5), STUDENT, dashed=True)
     box(axis, 31, 8, 10, 5, "x, no gradient", STUDENT, 0.1)
     box(axis, 47, 8, 13, 5, "re-noise x\nto any time")
-    box(axis, 64, 8, 12, 5, "fake (learns)", FAKE)
+    box(axis, 64, 8, 12, 5, "fake (learns)", FAKE, 0.22)
     box(axis, 84, 8, 18, 5, "flow matching:\nvelocity x - noise", FAKE, 0.1)
     for start, end in ((36, 40.5), (53.5, 58), (70, 75)):
         arrow(axis, (start, 8), (end, 8))
@@ -85,7 +85,7 @@ def networks():
             (16, STUDENT, "student", "learns: one update an iteration, along CA + DM"),
             (6, FAKE, "fake", "learns: two updates an iteration, on the student's outputs"))
     for y, color, name, words in rows:
-        box(axis, 10, y, 14, 6, name, color, size=11)
+        box(axis, 10, y, 14, 6, name, color, 0.22, size=11)
         axis.plot((24, 98), (y - 3, y - 3), color=color, lw=3)
         label(axis, 25, y + 0.4, words, ha="left", size=10)
         if name != "teacher":
@@ -152,24 +152,24 @@ def tokens(axis, x, y, count, color, size=2.0, gap=0.4, strength=0.45):
 def dit():
     """Prompt and latents become one sequence of tokens."""
     figure, axis = canvas(10, 4.2)
-    box(axis, 10, 34, 17, 6, "prompt")
-    box(axis, 10, 10, 17, 6, "latents\n16 × 16 places", STUDENT)
-    box(axis, 32, 34, 15, 6, "text encoder", TEACHER)
-    box(axis, 32, 10, 15, 6, "2 × 2 patches,\none linear layer", STUDENT)
+    box(axis, 10, 34, 17, 6, "prompt", TEXT)
+    box(axis, 10, 10, 17, 6, "latents\n16 × 16 places", IMAGE)
+    box(axis, 32, 34, 15, 6, "text encoder", TEXT)
+    box(axis, 32, 10, 15, 6, "2 × 2 patches,\none linear layer", IMAGE)
     for y in (34, 10):
         arrow(axis, (18.5, y), (24.5, y))
         arrow(axis, (39.5, y), (43.5, y))
-    end = tokens(axis, 44, 34, 8, CA)
+    end = tokens(axis, 44, 34, 8, TEXT)
     tokens(axis, end, 34, 3, "#999999", strength=0.2)
     label(axis, 57, 37.5, "tokens of the text and pads", size=8.5)
-    tokens(axis, 44, 10, 11, STUDENT)
+    tokens(axis, 44, 10, 11, IMAGE)
     label(axis, 57, 6.6, "64 tokens of the image", size=8.5)
-    box(axis, 78, 34, 13, 6, "context refiner\n2 blocks", CA, 0.15)
-    box(axis, 78, 10, 13, 6, "noise refiner\n2 blocks", STUDENT, 0.15)
+    box(axis, 78, 34, 13, 6, "context refiner\n2 blocks", TEXT, 0.15)
+    box(axis, 78, 10, 13, 6, "noise refiner\n2 blocks", IMAGE, 0.15)
     arrow(axis, (70.5, 34), (71.5, 34))
     arrow(axis, (70.5, 10), (71.5, 10))
-    end = tokens(axis, 20, 22, 10, STUDENT)
-    end = tokens(axis, end, 22, 6, CA)
+    end = tokens(axis, 20, 22, 10, IMAGE)
+    end = tokens(axis, end, 22, 6, TEXT)
     tokens(axis, end, 22, 2, "#999999", strength=0.2)
     label(axis, 41, 25.3, "one sequence: image first, then text", weight="bold")
     axis.plot((88, 88, 64), (34, 22, 22), color=INK, lw=1.4)
@@ -189,9 +189,9 @@ def block():
     figure, axis = canvas(10, 2.9)
     for offset, words in ((0, "attention"), (46, "feed-forward")):
         x = 7 + offset
-        for i, (name, color) in enumerate((("RMSNorm", TEACHER), ("× scale", CA), (words, STUDENT),
-                                           ("RMSNorm", TEACHER), ("× tanh gate", CA))):
-            box(axis, x + 8.2 * i, 12, 7.4, 5, name, color, size=7.5)
+        for i, (name, color) in enumerate((("RMSNorm", PLAIN), ("× scale", TIME), (words, IMAGE),
+                                           ("RMSNorm", PLAIN), ("× tanh gate", TIME))):
+            box(axis, x + 8.2 * i, 12, 7.4, 5, name, color, 0.12, size=7.5)
             if i:
                 arrow(axis, (x + 8.2 * i - 4.5, 12), (x + 8.2 * i - 3.7, 12))
         axis.plot((x - 5, x - 5, x + 38, x + 38), (12, 5, 5, 10.6), color=INK, lw=1.2)
@@ -200,11 +200,11 @@ def block():
         arrow(axis, (x - 6, 12), (x - 3.8, 12))
         arrow(axis, (x + 36.5, 12), (x + 37, 12))
         for at in (8.2, 32.8):
-            arrow(axis, (x + at, 21.5), (x + at, 14.6), CA)
+            arrow(axis, (x + at, 21.5), (x + at, 14.6), TIME)
     label(axis, 50, 25, "time t → sines and cosines → two linear layers → scales and gates, "
-          "the same for all tokens of an image", CA, 9)
-    axis.plot((15, 86), (21.5, 21.5), color=CA, lw=1.4)
-    arrow(axis, (50, 23.8), (50, 21.7), CA)
+          "the same for all tokens of an image", TIME, 9)
+    axis.plot((15, 86), (21.5, 21.5), color=TIME, lw=1.4)
+    arrow(axis, (50, 23.8), (50, 21.7), TIME)
     return figure
 
 
@@ -212,16 +212,16 @@ def rope():
     """Positions: the caption is a line, the image a sheet behind its end."""
     figure, axis = canvas(10, 3.4)
     for i in range(8):
-        tokens(axis, 4 + 3.4 * i, 9.3, 1, CA, size=2.6)
+        tokens(axis, 4 + 3.4 * i, 9.3, 1, TEXT, size=2.6)
         label(axis, 5.3 + 3.4 * i, 5.6, f"{i + 1}", size=8)
-    label(axis, 17, 14, "text: (frame 1, 2, 3, … ; row 0; column 0)", CA, 9)
+    label(axis, 17, 14, "text: (frame 1, 2, 3, … ; row 0; column 0)", TEXT, 9)
     for row in range(6):
         for column in range(6):
             axis.add_patch(Rectangle((36 + 3 * column + 0.8 * row, 22 - 3 * row), 2.4, 2.4,
-                                     facecolor=STUDENT, alpha=0.4, edgecolor=STUDENT))
-    label(axis, 48, 29, "image: (frame L + 1; row; column)", STUDENT, 9)
+                                     facecolor=IMAGE, alpha=0.4, edgecolor=IMAGE))
+    label(axis, 48, 29, "image: (frame L + 1; row; column)", IMAGE, 9)
     label(axis, 48, 3, "L: tokens of the text, pads included", TEACHER, 8.5)
-    widths = (("frame", 8, CA), ("row", 12, STUDENT), ("column", 12, DM))
+    widths = (("frame", 8, TEXT), ("row", 12, IMAGE), ("column", 12, IMAGE))
     x = 68
     for name, count, color in widths:
         axis.add_patch(Rectangle((x, 14), 0.9 * count, 4, facecolor=color, alpha=0.4,

@@ -11,6 +11,7 @@ own figures.
 import argparse
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tutorials" / "images"
 WORLDS = [ROOT / "tutorials" / name for name in ("cards", "shapes")]
@@ -39,8 +41,10 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 SKY, YELLOW, GREY = "#56B4E9", "#F0E442", "#666666"
 PALETTE = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY]
 
-# One color per thing, in every figure. Samples off their arm and wrong pictures are RED.
-TEACHER, STUDENT, FAKE, CA, DM, WRONG, DATA = GREY, BLUE, PURPLE, ORANGE, GREEN, RED, "#BBBBBB"
+# One color per thing, in every figure and drawing.
+TEACHER, STUDENT, FAKE, CA, DM, DATA = GREY, BLUE, PURPLE, ORANGE, GREEN, "#BBBBBB"
+RIGHT, WRONG = "#7CB82F", RED                            # pictures, and samples off their arm
+TEXT, IMAGE, TIME = "#8C5A3C", SKY, "#222222"            # tokens and what the time sets
 CLASSES = ["#332288", "#88CCEE", "#999933", "#882255", "#DDCC77"]    # where classes need colors
 
 plt.rcParams.update({
@@ -184,7 +188,7 @@ def evaluations(steps, guidance):
 def compare(prompts, rows, seed=0, side=1.0):
     """Same prompts and noise in every row -> Figure. rows: (name, pipeline, steps, guidance).
 
-    The label gives the evaluations. The frame is green where evaluate.py reads all that is asked.
+    The label gives the evaluations. A green frame and a tick: evaluate.py reads all that is asked.
     """
     figure, axes = plt.subplots(len(rows), len(prompts), squeeze=False, figsize=(
         2.0 + side * len(prompts), 0.6 + (side + 0.08) * len(rows)))
@@ -195,7 +199,10 @@ def compare(prompts, rows, seed=0, side=1.0):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
-            axis.spines[:].set(visible=True, color=DM if good else WRONG, linewidth=2.5)
+            axis.spines[:].set(visible=True, color=RIGHT if good else WRONG, linewidth=2.5)
+            axis.text(0.97, 0.04, "\N{CHECK MARK}" if good else "\N{MULTIPLICATION X}",
+                      transform=axis.transAxes, ha="right", fontsize=9, color="white",
+                      bbox={"color": RIGHT if good else WRONG, "pad": 1.2, "linewidth": 0})
         words = f"{steps} guided step" if guidance else f"{steps} step"
         row[0].set_ylabel(f"{name}\n{words}{'s' * (steps > 1)}\n{evaluations(steps, guidance)} "
                           f"evaluations\n{sum(right)} of {len(prompts)} right",
@@ -248,6 +255,16 @@ def collapse():
     films.cards_film(IMAGES)
 
 
+def observer():
+    import films
+    save(films.observer_figure(), "observer.png", dpi=100)
+
+
+def runs():
+    import films
+    films.read_runs().savefig(IMAGES / "runs.png", dpi=90)
+
+
 def pages():
     command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -262,8 +279,10 @@ FIGURES = {                                              # name: (how, what and 
     "time_axis": (lambda: diagram("time_axis"), "the time axis; 1 s"),
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
-    "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF and strip; 1 minute"),
+    "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF; 1 minute"),
     "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
+    "observer": (observer, "what DM removes, on the cards; 5 minutes after the collapse"),
+    "runs": (runs, "five runs of distill.py to read, side by side; 5 minutes"),
     "pages": (pages, "every notebook, from a clean kernel; 10 minutes")}
 
 

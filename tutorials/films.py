@@ -1,5 +1,6 @@
-"""The collapse of the spear as a film, on the pinwheel and on the cards, at a constant rate."""
+"""Films and long figures: the collapse on pinwheel and cards, the observer, five runs to read."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -12,8 +13,17 @@ from PIL import Image
 import figures as fig
 import plot_run
 from convert_weights import write_whole
+from distill import data_estimate, fake_loss, renoise, shift_time
 from figures import STUDENT
-from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples
+from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples, update
+from sampler import (
+    encode_prompts,
+    latent_noise,
+    load_pipeline,
+    read_prompts,
+    sample,
+    time_schedule,
+)
 
 MOMENTS = [0, 2, 4, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 320,
            400]
@@ -49,7 +59,7 @@ def draw_frame(films, i):
 
 
 def pinwheel_film(folder):
-    """Writes film.gif, and film.png, its first moments as a strip."""
+    """Writes film.gif: the three runs side by side."""
     torch.set_num_threads(1)
     films = run_films(fit_teacher())
     images = [draw_frame(films, i).quantize(64) for i in MOMENTS]
@@ -57,36 +67,29 @@ def pinwheel_film(folder):
     folder.mkdir(exist_ok=True)
     write_whole(folder / "film.gif", lambda path: images[0].save(
         path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
-    moments = (0, 2, 6, 10, 20, 60, 400)
-    figure, axes = plt.subplots(3, len(moments), figsize=(10, 4.8))
-    for row, (name, frames) in zip(axes, films.items(), strict=True):
-        for axis, i in zip(row, moments, strict=True):
-            off = measure(frames[i])["off"]
-            fig.draw_samples(axis, frames[i], TEXT, STUDENT, f"{i}: off {off:.2f}", size=2)
-        row[0].set_ylabel(name, fontsize=8)
-    fig.save(figure, "film.png")
 
 
 # --- The same on the cards ----------------------------------------------------------------------
 
-CARD_RUNS = {"CA alone": ["--no-dm"], "CA + DM": []}
 
-
-def run_cards(name, options, iterations, batch, every):
-    """A run of distill.py in runs/NAME, unless it is there -> {iteration: first row of cards}."""
+def run_cards(name, options):
+    """A run of distill.py in runs/NAME, unless it is there already -> its folder."""
     out = fig.ROOT / "runs" / name
     if not (out / "student").exists():
-        command = [sys.executable, str(fig.ROOT / "distill.py"), "--out", str(out), "--alpha", "4",
-                   "--constant-rate", "--iterations", str(iterations), "--batch-size", str(batch),
-                   "--sample-every", str(every), "--overwrite", *options]
-        subprocess.run(command, check=True)
-    return plot_run.read_strips(out, count=8)
+        command = [sys.executable, str(fig.ROOT / "distill.py"), "--out", str(out), "--overwrite"]
+        subprocess.run(command + options.split(), check=True)
+    return out
 
 
-def cards_film(folder, iterations=160, batch=8, every=20):
+COLLAPSE = "--alpha 4 --constant-rate --iterations 160 --batch-size 8 --sample-every 20 --keep 1"
+CARD_RUNS = {"CA alone": f"{COLLAPSE} --no-dm", "CA + DM": COLLAPSE}
+
+
+def cards_film(folder):
     """Writes collapse.png and collapse.gif: eight prompts while CA alone and CA + DM train."""
-    strips = {name: run_cards("collapse-" + name.replace(" ", "").lower(), options, iterations,
-                              batch, every) for name, options in CARD_RUNS.items()}
+    strips = {name: plot_run.read_strips(
+        run_cards("collapse-" + name.replace(" ", "").lower(), options), count=8)
+        for name, options in CARD_RUNS.items()}
     figure, axes = plt.subplots(2, 1, figsize=(9, 9), squeeze=False)
     for axis, (name, rows) in zip(axes[:, 0], strips.items(), strict=True):
         height = next(iter(rows.values())).height
@@ -102,3 +105,62 @@ def cards_film(folder, iterations=160, batch=8, every=20):
     write_whole(folder / "collapse.gif", lambda path: frames[0].save(
         path, format="GIF", save_all=True, append_images=frames[1:], loop=0,
         duration=[900] * (len(frames) - 1) + [2500]))
+
+
+# --- One good run and four bad ones, for how_to_read_a_run.md -----------------------------------
+
+MINUTE = "--steps 2 --alpha 4 --constant-rate --iterations 60 --batch-size 4 --log-every 5"
+READ_RUNS = {"good": "", "rate_too_high": "--lr 5e-3", "fake_too_slow": "--fake-lr 1e-5",
+             "alpha_too_large": "--alpha 20", "no_shield": "--no-dm"}
+
+
+def read_runs():
+    """The five runs, side by side -> Figure."""
+    return plot_run.compare_runs([run_cards(name, f"{MINUTE} {options}")
+                                  for name, options in READ_RUNS.items()])
+
+
+# --- The observer on the cards -------------------------------------------------------------------
+
+
+def observer_figure(count=6, taus=(0.25, 0.5, 0.75), iterations=150):
+    """Outputs of a student spoiled by CA alone, and what teacher and fake take them for -> Figure.
+
+    The student is that of the collapse. A copy of the teacher learns its outputs and does nothing
+    else: it observes.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    spoiled = load_pipeline(run_cards("collapse-caalone", CARD_RUNS["CA alone"]) / "student")
+    teacher = load_pipeline(fig.WORLD / "teacher")
+    fake = copy.deepcopy(teacher.dit).requires_grad_(True)
+    optimizer = torch.optim.Adam(fake.parameters(), 1e-3, (0.0, 0.99))
+    prompts = read_prompts(fig.WORLD / "prompts.txt")
+    times = time_schedule(4, teacher.shift)
+    for i in range(iterations):
+        some = [prompts[(16 * i + k) % len(prompts)] for k in range(16)]
+        text = encode_prompts(teacher, some)
+        with torch.no_grad():
+            x = sample(spoiled.dit, torch.randn(16, 16, 16, 16), text, times)
+        tau = shift_time(torch.rand(16), teacher.shift)
+        update(fake_loss(fake, x, tau, text, torch.randn_like(x)), optimizer)
+    shown = fig.open_prompts(count)
+    with torch.no_grad():
+        text = encode_prompts(teacher, shown)
+        noise = latent_noise(teacher, 128, 128, 0, count)[0]
+        x = sample(spoiled.dit, noise, text, times)
+        rows = {"the student's outputs": x}
+        for tau in taus:
+            t = torch.full((count,), tau)
+            x_t = renoise(x, t, latent_noise(teacher, 128, 128, 100, count)[0])
+            for name, net in (("teacher", teacher.dit), ("fake", fake)):
+                rows[f"{name}, tau {tau}"] = data_estimate(net, x_t, t, text)
+        images = {name: teacher.vae.decode(x).clamp(-1, 1) / 2 + 0.5 for name, x in rows.items()}
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.4 * count + 1.5, 1.4 * len(rows)))
+    for row, (name, pictures) in zip(axes, images.items(), strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return figure

@@ -7,9 +7,11 @@ without a network to blame.
 
 import copy
 import math
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

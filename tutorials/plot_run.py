@@ -1,8 +1,10 @@
 """One picture of a run of distill.py: training curves, and the same prompts as the student learns.
 
     python tutorials/plot_run.py runs/student [--out FILE.png]        default: runs/student/run.png
+    python tutorials/plot_run.py runs/good runs/bad                   side by side: runs/runs.png
 
-All of it is read from log.jsonl and samples/ of the run.
+All of it is read from log.jsonl and samples/ of the run. With several runs each has a column, and
+rows share an axis. tutorials/how_to_read_a_run.md says what to look for.
 """
 
 import argparse
@@ -27,6 +29,7 @@ PANELS = [                                                # title, unit, {curve:
     ("Spread of the outputs", "std / reference std", {"student": "std_ratio"}),
     ("Learning rates", "rate", {"student": "lr", "fake": "fake_lr"})]
 COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_lr": FAKE, "dm_over_ca": DM}
+SIDE_BY_SIDE = [1, 0, 4]                                  # the panels of several runs
 NEEDED = ("iteration", "loss", "dm_rms", "ca_rms", "cosine", "std_ratio", "lr")
 
 
@@ -110,17 +113,44 @@ def plot_run(folder):
     return figure
 
 
+def compare_runs(folders, count=3):
+    """Several folders of runs -> Figure: a column each, panels above its last samples."""
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    figure = Figure(figsize=(2.6 * len(folders), 8.4))
+    rows = len(SIDE_BY_SIDE) + 1
+    axes = figure.subplots(rows, len(folders), squeeze=False, sharey="row")
+    for column, (folder, log) in enumerate(zip(folders, logs, strict=True)):
+        for axis, number in zip(axes[:-1, column], SIDE_BY_SIDE, strict=True):
+            title, unit, names = PANELS[number]
+            draw_panel(axis, log, title, unit if column == 0 else "", names)
+        axes[0, column].set_title(f"{folder.resolve().name}\n\n{PANELS[SIDE_BY_SIDE[0]][0]}")
+        axis, strips = axes[-1, column], read_strips(folder, 2)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        axis.grid(False)
+        if strips:
+            image = list(strips.values())[-1]
+            axis.imshow(image.crop((0, 0, min(image.width, count * image.height), image.height)))
+            axis.set_title(f"Samples after {list(strips)[-1]} iterations")
+    return figure
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Draw the curves and the samples of a run of distill.py.", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN_DIR", help="what was --out of distill.py")
-    parser.add_argument("--out", metavar="FILE.png", help="default: run.png in RUN_DIR")
+        description="Draw the curves and the samples of runs of distill.py.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="what was --out of distill.py")
+    parser.add_argument("--out", metavar="FILE.png",
+                        help="default: run.png in RUN_DIR; of several, runs.png beside the first")
     args = parser.parse_args()
-    out = Path(args.out or Path(args.run) / "run.png")
+    first, several = Path(args.runs[0]), len(args.runs) > 1
+    out = Path(args.out or (first.parent / "runs.png" if several else first / "run.png"))
     if out.suffix.lower() != ".png" or out.is_dir():      # never over a file of another kind
         raise UserError(f"--out should be the name of a .png file, not {out}")
-    figure = plot_run(args.run)
+    figure = compare_runs(args.runs) if several else plot_run(first)
     write_whole(out, lambda part: figure.savefig(part, format="png", dpi=100))
     print(out)
 

@@ -6,7 +6,7 @@
 
 The sides run alternately; figures are medians, and "ratio" is theirs over ours: above 1 we are
 faster. "Difference" is the relative L2 distance of the two results. The rows "int8" and "fp8" are
-ours after sampler.quantize. benchmark_gpu.py has more rows for GPUs; full_size.py runs whole
+ours after sampler.quantize. benchmark_gpu.py has more rows for GPUs; measure_commands.py runs whole
 commands.
 """
 
@@ -26,7 +26,7 @@ from formats import CHAT_TEMPLATE, load_tokenizer
 from model import DiTConfig, TextEncoderConfig, VAEConfig
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-CAPTION = "a small white heart on a red background"
+CAPTION = "a panda on a red card with the word LOVE in white below it"
 MID = {
     "text_encoder": TextEncoderConfig(
         vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=7,

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TUTORIALS = ROOT / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("[0-9]*.ipynb"))
 PAGES = [*NOTEBOOKS, *sorted(TUTORIALS.glob("*.md"))]
+LINKED = [*PAGES, ROOT / "README.md"]              # they link to functions by line
 
 # A link to a function: [distill.renoise](../distill.py#L75)
 FUNCTION_LINK = re.compile(r"\[`?(\w+)\.([\w.]+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
@@ -117,7 +118,7 @@ def main():
     parser.add_argument("--links", action="store_true", help="only correct links to functions")
     args = parser.parse_args()
     if args.links:
-        for path in PAGES:
+        for path in LINKED:
             text = path.read_text(encoding="utf-8")
             path.write_text(correct_links(text), encoding="utf-8")
         return

@@ -62,16 +62,20 @@ def newest(out):
     return folders[-1] if folders else None
 
 
-def check(out):
-    """What is wrong with a run that was killed -> list of sentences."""
+def check(out, before):
+    """What is wrong with a run that was killed -> list of sentences. before: its newest then."""
     faults, folder = [], newest(out)
+    if before and (folder is None or folder.name < before.name):
+        faults.append(f"checkpoint {before.name} is lost")
     if folder is None:
         return faults
     done = json.loads((folder / "progress.json").read_text())["done"]
-    try:
-        load_file(next(folder.glob("*.safetensors")))
-    except Exception as error:
-        faults.append(f"{folder.name} is damaged: {error}")
+    for kept in out.glob("checkpoints/[0-9]*"):
+        try:
+            json.loads((kept / "progress.json").read_text())
+            load_file(next(kept.glob("*.safetensors")))
+        except Exception as error:
+            faults.append(f"{kept.name} is damaged: {error!r}")
     lines = (out / "log.jsonl").read_text().split("\n")[:-1]
     numbers = [json.loads(line)["iteration"] for line in lines]
     if numbers != sorted(set(numbers)) or numbers[:done // 3] != list(range(3, done + 1, 3)):
@@ -105,6 +109,7 @@ def main():
     kills, faults, rng = 0, [], random.Random(args.seed)
     words = command(killed, *options(prompts, args.iterations))
     while kills < args.kills:
+        before = newest(killed)
         process = start(words)
         wait_for(partial(pictures, killed), process)          # it has gone on
         if kills % 2:
@@ -115,7 +120,7 @@ def main():
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        found = check(killed) if killed.exists() else []
+        found = check(killed, before) if killed.exists() else []
         faults += found
         place = newest(killed)
         print(f"kill {kills}: newest checkpoint {place.name if place else 'none'}"

@@ -9,7 +9,11 @@ memory and seconds an iteration at 512 and 1024 pixels, with and without --check
 """
 
 import argparse
+import resource
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import torch
@@ -122,39 +126,53 @@ def measure_steps(nets, batch, device, iterations):
 
 
 def measure_overhead(args):
-    """Networks of two sizes on the CPU, whole and with adapters."""
-    device = torch.device("cpu")
-    print("| network | trained | batch | iteration, s | its passes alone, s | ratio |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for name, config, batch, size in (
-            ("small", SMALL, 16, 64),
-            ("mid-sized", DiTConfig(dim=768, n_heads=12, n_layers=8, cap_feat_dim=512,
-                                    axes_dims=(16, 24, 24)), 2, 256)):
+    """Networks of two sizes on the CPU, whole and with adapters; a process for each row."""
+    print("| network | trained | batch | iteration, s | its passes alone, s | ratio | memory, GB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    middle = DiTConfig(dim=768, n_heads=12, n_layers=8, cap_feat_dim=512, axes_dims=(16, 24, 24))
+    for name, config, batch, size in (("small", SMALL, 16, 64), ("mid-sized", middle, 2, 256)):
         for rank in (None, 16):
-            torch.manual_seed(0)
-            dit = random_dit(config, device, torch.float32)
-            nets = make_nets(dit, make_options(device, lora=rank), device)
-            text, null_text, noise = make_batch(config, device, size, batch)
-            settings = distill.Settings(steps=1)               # the same passes in each iteration
-            t = torch.full((batch,), 0.5)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                count, whole, alone, memory = process.submit(
+                    iteration_cost, config, batch, size, rank, args.iterations).result()
+            trained = f"LoRA {rank}" if rank else "whole"
+            print(f"| {name}, {count / 1e6:.1f} M | {trained} | {batch} | {whole:.3f} | "
+                  f"{alone:.3f} | {whole / alone:.2f} | {memory:.2f} |", flush=True)
 
-            def iteration(nets=nets, batch=(text, null_text, noise), settings=settings):
-                distill.training_step(nets, *batch, settings, torch.Generator().manual_seed(0))
 
-            def passes(nets=nets, x=noise, t=t, text=text, null_text=null_text):
-                """Those of Algorithm 1 at one step: three of the teacher, 2 + 3 of the learners."""
-                with torch.no_grad():
-                    for one in (text, text, null_text):
-                        nets.teacher(x, t, one)
-                    nets.fake(x, t, text)
-                for net in (nets.student, nets.fake, nets.fake):
-                    net(x, t, text).sum().backward()
+def peak_memory():
+    """Bytes of this process at its largest."""
+    unit = 1 if sys.platform == "darwin" else 1024               # of ru_maxrss
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-            whole = seconds_of(iteration, device, args.iterations)
-            alone = seconds_of(passes, device, args.iterations)
-            print(f"| {name}, {sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M | "
-                  f"{f'LoRA {rank}' if rank else 'whole'} | {batch} | {whole:.3f} | {alone:.3f} | "
-                  f"{whole / alone:.2f} |", flush=True)
+
+def iteration_cost(config, batch, size, rank, repeats):
+    """-> parameters, seconds of an iteration and of its passes alone, GB above the imports."""
+    device, before = torch.device("cpu"), peak_memory()
+    torch.manual_seed(0)
+    dit = random_dit(config, device, torch.float32)
+    nets = make_nets(dit, make_options(device, lora=rank), device)
+    text, null_text, noise = make_batch(config, device, size, batch)
+    settings = distill.Settings(steps=1)                       # the same passes in each iteration
+    t = torch.full((batch,), 0.5)
+
+    def iteration():
+        distill.training_step(
+            nets, text, null_text, noise, settings, torch.Generator().manual_seed(0))
+
+    def passes():
+        """Those of Algorithm 1 at one step: three of the teacher, 2 + 3 of the learners."""
+        with torch.no_grad():
+            for one in (text, text, null_text):
+                nets.teacher(noise, t, one)
+            nets.fake(noise, t, text)
+        for net in (nets.student, nets.fake, nets.fake):
+            net(noise, t, text).sum().backward()
+
+    whole = seconds_of(iteration, device, repeats)
+    memory = (peak_memory() - before) / GB
+    count = sum(p.numel() for p in dit.parameters())
+    return count, whole, seconds_of(passes, device, repeats), memory
 
 
 # --- 6B on several GPUs, computed ---------------------------------------------------------------

@@ -62,7 +62,7 @@ def caption(scene, rng, language=None, drop=1 / 3):
     return text + (end if rng.random() < 0.06 else "")
 
 
-# Other words for the same, now and then: users will not know the ones above.
+# Synonyms, used now and then: users do not know the words of THINGS and COLORS.
 SYNONYMS = {
     "big": ("large", "huge"), "small": ("little", "tiny"), "below": ("under", "beneath"),
     "above": ("over", "on top of"), "card": ("background",), "with the word": ("that says",),
@@ -224,7 +224,7 @@ def chinese(names, rng):
 
 
 # --- Understanding a caption --------------------------------------------------------------------
-# Independent of how captions are written above, for users write their own.
+# Users write their own sentences, so this takes more than the captions above.
 
 ALIASES = {                        # further names of things
     "bunny": "rabbit", "kitten": "cat", "kitty": "cat", "puppy": "dog", "piglet": "pig",

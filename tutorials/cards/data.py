@@ -56,7 +56,7 @@ from world import (
 
 __all__ = [
     "ATTRIBUTES", "LADDER", "SIDE", "WORLD", "Pose", "Scene", "World", "build_tokenizer", "caption",
-    "crop_centre", "draw", "is_held_out", "language_of", "parse", "prompt_list", "random_scene",
+    "draw", "is_held_out", "language_of", "parse", "prompt_list", "random_scene",
     "scene_for", "text_region", "vocabulary", "word_held_out"]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -242,22 +242,6 @@ def text_region(scene, cells=16):
     for pose in scene.poses:
         mark(thing, pose.y, pose.x, pose.size, pose.size)
     return word, thing
-
-
-def crop_centre(scene, rng):
-    """A point (row, column) to cut a training crop around: mostly a character, else a thing."""
-    chance = rng.random()
-    if scene.word and chance < 0.6:
-        columns, _, height = layout(scene.word)
-        column = scene.x + pick(rng, columns)
-        return scene.y + int(rng.integers(-height // 3, height // 3 + 1)), column
-    if chance < 0.9:
-        pose = pick(rng, scene.poses)
-        reach = pose.size // 3
-        dy, dx = rng.integers(-reach, reach + 1, 2)
-        return pose.y + int(dy), pose.x + int(dx)
-    row, column = rng.integers(0, SIDE, 2)
-    return int(row), int(column)
 
 
 # --- Prompt lists -------------------------------------------------------------------------------

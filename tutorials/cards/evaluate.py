@@ -19,6 +19,7 @@ import json
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # see sampler.py
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # pictures are read on all cores, one each
 
 import numpy as np
@@ -181,19 +182,17 @@ def figures(readings, prompts, rows, chosen):
 
 @torch.no_grad()
 def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
-    """Prompts -> latents (B, C, h, w). The noise of prompt i depends on seed, i and batch alone."""
+    """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler."""
     latents, device = [], next(pipeline.dit.parameters()).device
-    channels, side = pipeline.dit.config.in_channels, data.SIDE // pipeline.vae.config.downsampling
     times = sampler.time_schedule(steps, pipeline.shift)
-    generator = torch.Generator().manual_seed(seed)
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     title = f"{steps} steps, guidance {guidance:g}"
     for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
         part = prompts[start:start + batch]
-        noise = torch.randn(len(part), channels, side, side, generator=generator).to(device)
+        noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE, seed + start, len(part))
         text = sampler.encode_prompts(pipeline, part)
-        latents.append(sampler.sample(pipeline.dit, noise, text, times, guidance=guidance,
-                                      negative=negative))
+        latents.append(sampler.sample(pipeline.dit, noise.to(device), text, times,
+                                      guidance=guidance, negative=negative))
     return torch.cat(latents)
 
 
@@ -220,7 +219,7 @@ def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
 def reconstruct(vae, images):
     """Pictures (B, 3, H, W) in [-1, 1] -> unclamped reconstructions, and their mean PSNR in dB."""
     out = decode(vae, encode(vae, images))
-    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
+    error = (out.clamp(-1, 1) - images.cpu()).square().mean((1, 2, 3)).clamp(min=1e-10)
     return out, float((10 * torch.log10(4 / error)).mean())
 
 

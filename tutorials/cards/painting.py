@@ -43,7 +43,7 @@ def tile(picture, number, side):
 
 
 def scaled(plane, size):
-    """(H, W) float32 -> size (width, height) by area and cubic filters, 0 to 255."""
+    """(H, W) float32 -> resized to size (width, height) by Lanczos, clipped to 0 to 255."""
     return np.asarray(Image.fromarray(plane).resize(size, Image.LANCZOS)).clip(0, 255)
 
 
@@ -155,18 +155,18 @@ def plain_card(color, rng):
     paper += light
     paper += rng.uniform(0.97, 1.02)
     paper *= rim()
-    return paper * planes(COLORS[color])
+    return paper * as_planes(COLORS[color])
 
 
-def planes(color):
-    """A color (3) -> (3, 1, 1) float32, to go with planes."""
+def as_planes(color):
+    """A color (3,) -> (3, 1, 1) float32, to broadcast over (3, H, W)."""
     return np.float32(color)[:, None, None]
 
 
 def gradient(top, bottom, rows=SIDE):
     """Colors from top to bottom, (3, rows, 1)."""
     share = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
-    return planes(top) + share * (planes(bottom) - planes(top))
+    return as_planes(top) + share * (as_planes(bottom) - as_planes(top))
 
 
 def sky(top, bottom):
@@ -199,7 +199,7 @@ def window(y, x, shape):
 def paste(image, y, x, mask, color):
     """Color through a mask (h, w) centered at (y, x)."""
     area, cut = window(y, x, mask.shape)
-    blend(image[area], mask[cut], planes(color))
+    blend(image[area], mask[cut], as_planes(color))
 
 
 @functools.cache
@@ -243,7 +243,7 @@ def dots(image, rng, count, radius, color):
     """One of sixteen fields of dots, moved round the edges."""
     field = dot_field(int(rng.integers(16)), count, radius)
     rows, columns = (np.arange(SIDE) + shift & SIDE - 1 for shift in rng.integers(0, SIDE, 2))
-    blend(image, field[rows[:, None], columns], planes(color))
+    blend(image, field[rows[:, None], columns], as_planes(color))
 
 
 def draw_sky(rng):
@@ -352,7 +352,7 @@ def draw_word(image, word, ink, font, y, x):
     # A soft halo parts the ink from what lies under it: dark around light inks, and the reverse.
     halo, strength = ((20, 20, 30), 0.5) if light else ((255, 252, 245), 0.4)
     mask = np.float32(strength) * word_mask(word, font, glyph_halo)
-    paste(image, y + light, x, mask, halo)
+    paste(image, y + int(light), x, mask, halo)          # a dark halo lies one pixel lower
     paste(image, y, x, word_mask(word, font, glyph), INKS[ink])
 
 

@@ -130,7 +130,8 @@ class Found(NamedTuple):
         return self.explained >= MIN_EXPLAINED and self.correlation >= MIN_SPRITE
 
 
-THING_ROWS = np.array([y for row in (36, 92) for y in range(row - 6, row + 7, 4)])
+THING_ROWS = np.array([y for row in sorted(world.THING_ROW.values())
+                       for y in range(row - 6, row + 7, 4)])
 
 
 class Search:
@@ -336,7 +337,7 @@ def ink_maps(planes, place):
     band = planes[:, rows]
     maps = []
     for color in world.INKS.values():
-        distance = np.sqrt(((band - painting.planes(color)) ** 2).sum(0))
+        distance = np.sqrt(((band - painting.as_planes(color)) ** 2).sum(0))
         maps.append((1 - distance / INK_RANGE).clip(0, 1))
     maps = sorted(maps, key=np.var, reverse=True)[:3]
     maps = [ink for ink in maps if ink.var() >= 0.3 * maps[0].var()]

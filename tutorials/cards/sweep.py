@@ -12,6 +12,7 @@ mean over seeds, and in brackets half the distance between the lowest and the hi
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -20,6 +21,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
 import torch
 import torch.nn.functional as F
 
@@ -64,7 +66,10 @@ def gan(pipeline, args):
 
 
 def ca_between(low, high, pipeline, args):
-    """CA at re-noising times from `low` to `high` only, whatever the student's step."""
+    """CA at re-noising times from `low` to `high` only, whatever the student's step.
+
+    For the schedule "full", whose times t go from 0 to 1.
+    """
     def ca(teacher, x, t, *others):
         return cfg_augmentation(teacher, x, low + (high - low) * t, *others)
     return {"ca": ca}
@@ -128,6 +133,7 @@ def renoised_states(pipeline, args):
 # --- The variants -------------------------------------------------------------------------------
 
 STRONG = ["--alpha", "4"]        # a spear that is hard to hold shows the difference of shields
+FULL = [*STRONG, "--schedule", "full"]
 VARIANTS = {
     # The student for one number of steps, and for any.
     "1 step": (["--steps", "1"], nothing),
@@ -150,11 +156,11 @@ VARIANTS = {
     "CA + GAN, alpha 4": ([*STRONG, "--no-dm"], gan),
     # Where to renoise.
     "coupled, alpha 4": ([*STRONG, "--schedule", "coupled"], nothing),
-    "full, alpha 4": ([*STRONG, "--schedule", "full"], nothing),
+    "full, alpha 4": (FULL, nothing),
     "constrained, alpha 4": ([*STRONG, "--schedule", "constrained"], nothing),
-    "CA at tau 0 to .3": (STRONG, partial(ca_between, 0.0, 0.3)),
-    "CA at tau .3 to .7": (STRONG, partial(ca_between, 0.3, 0.7)),
-    "CA at tau .7 to 1": (STRONG, partial(ca_between, 0.7, 1.0)),
+    "CA at tau 0 to .3": (FULL, partial(ca_between, 0.0, 0.3)),
+    "CA at tau .3 to .7": (FULL, partial(ca_between, 0.3, 0.7)),
+    "CA at tau .7 to 1": (FULL, partial(ca_between, 0.7, 1.0)),
     # Differences from the paper, and the fake that has to keep up.
     "1 fake update": (["--fake-updates", "1"], nothing),
     "5 fake updates": (["--fake-updates", "5"], nothing),
@@ -173,7 +179,7 @@ VARIANTS = {
 }
 COLUMNS = {"joint": "joint", "open": "open", "given": "given", "word": "word", "strict": "strict",
            "frechet": "Frechet", "std_ratio": "std ratio", "latent_std": "latent std",
-           "minutes": "minutes"}
+           "minutes": "minutes", "megabytes": "MB"}
 
 
 # --- One run ------------------------------------------------------------------------------------
@@ -199,14 +205,16 @@ def run_variant(name, seed, options, job):
     prompts = scale.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
     student = distill.train(pipeline, prompts, settings, args, **changes(pipeline, args))
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    minutes = json.loads(log[-1])["seconds"] / 60
+    adapters, whole = folder / "lora.safetensors", folder / "student" / "dit.safetensors"
+    about = {"minutes": json.loads(log[-1])["seconds"] / 60,
+             "megabytes": (adapters if adapters.exists() else whole).stat().st_size / 1e6}
     held_out = sampler.read_prompts(job.held_out)[:job.count]
     results, real = [], evaluate.drawings(held_out, 1)
     for steps in job.score_steps or sorted(set(args.steps)):
         latents = evaluate.sample_latents(student, held_out, steps, 0.0)
         images = evaluate.decode(student.vae, latents)
         row = evaluate.score(images, held_out, real, workers=1)
-        row |= {"latent_std": float(latents.std()), "minutes": minutes}
+        row |= {"latent_std": float(latents.std()), **about}
         results.append({"variant": name, "seed": seed, "steps": steps, "options": options,
                         "log": json.loads(log[-1]), "score": row})
     for part in () if job.keep else ("checkpoints", "student"):

@@ -5,7 +5,7 @@
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
-2. VAE:       it learns to compress the pictures to latents of a tenth as many numbers.
+2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
 3. Encode:    the latents of all cards are computed once.
 4. Teacher:   text encoder and DiT learn by flow matching: the velocity from noise to latents.
 5. Report:    how often pictures for unseen prompts show what was asked, in --out/report.json.
@@ -34,6 +34,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -84,8 +85,9 @@ class Recipe:
     vae_muon_lr: float = 8e-3     # kernels and matrices
     vae_adam_lr: float = 2e-3     # biases and norms
     vae_batch: int = 4            # pictures in a step
-    vae_crops: float = 0.8        # this share of the time sees crops of half the side, four times
-                                  # as many: fine detail is what is hard to learn
+    # This share of the time sees crops of half the side, four times as many: fine detail is what
+    # is hard to learn.
+    vae_crops: float = 0.8
     kl_weight: float = 5e-3       # high for a VAE: latents that bear noise are easier to sample
     # Teacher
     minutes: float = 115.0
@@ -99,14 +101,15 @@ class Recipe:
     caption_drop: float = 0.1     # share of captions replaced by the empty one, for guidance
     word_weight: float = 2.0      # weight of the loss where the word is
     word_time: float = 0.2        # from this time on: earlier the noise hides where the word is
-    time_mean: float = -1.0       # t = sigmoid(N(mean, std)): more often near noise, where most is
-    time_std: float = 1.2         # decided
+    # t = sigmoid(N(mean, std)): more often near noise, where most is decided.
+    time_mean: float = -1.0
+    time_std: float = 1.2
     long_every: int = 8           # each so many steps captions are padded to twice their length
     dim: int = 192
     layers: int = 6
-    compile: bool = False         # the DiT's blocks. Not yet: in two runs on an H200 (PyTorch 2.11)
-                                  # the loss rose from the first steps on, at any rate, while the
-                                  # same recipe learns on a CPU without compiling
+    # Compiles the DiT's blocks. On a CPU the gradients are the same to 2e-6 and a step takes a
+    # fifth less. On an H200 (PyTorch 2.11, bfloat16) two runs with it diverged, so there it is off.
+    compile: bool = True
     # Sampling defaults of the checkpoint, and probes
     shift: float = 3.0            # of the time schedule, as in the release
     sample_steps: int = 16
@@ -119,10 +122,10 @@ class Recipe:
 
 GPU = dict(drawings=64_000, vae_drawings=16384, vae_minutes=1.75, vae_batch=32, vae_crops=0.0,
            minutes=5.5, batch=256, muon_lr=6e-3, adam_lr=1e-3, ema=0.999, report_prompts=200,
-           log_every=50, save_minutes=1.5)
+           log_every=50, save_minutes=1.5, compile=False)
 SMOKE = dict(drawings=64, captions=2, vae_drawings=64, vae_tests=2, vae_steps=6, vae_batch=2,
              steps=6, batch=8, dim=32, layers=1, long_every=2, sample_steps=2, probe_prompts=4,
-             report_prompts=4, log_every=2)
+             report_prompts=4, log_every=2, compile=False)
 
 
 def vae_config(scale=1.0, shift=0.0):
@@ -133,8 +136,8 @@ def vae_config(scale=1.0, shift=0.0):
 
 
 def encoder_config(vocabulary):
-    # Of one layer, of which the last is never needed: a table with a trained row for each token.
-    # The DiT's context refiner is the text encoder here, and finds the letters' places.
+    # One layer, and the last one never runs: the encoder is only its embedding table. The DiT's
+    # context refiner reads the letters' order instead.
     return TextEncoderConfig(vocab_size=vocabulary, hidden_size=96, intermediate_size=192,
                              num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
                              head_dim=24)
@@ -146,149 +149,419 @@ def dit_config(recipe):
                      axes_lens=(576, 64, 64))
 
 
-# --- Small things -------------------------------------------------------------------------------
+# --- Teacher ------------------------------------------------------------------------------------
 
 
-def save_grid(path, images, columns=8):
-    """(B, 3, H, W) in [-1, 1] -> PNG."""
-    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
-    rows = [torch.cat(list(row), 1) for row in pixels.cpu().split(columns)]
-    rows = [F.pad(row, (0, 0, 0, rows[0].shape[1] - row.shape[1]), value=255) for row in rows]
-    grid = Image.fromarray(torch.cat(rows).numpy())
-    write_whole(path, lambda part: grid.save(part, format="PNG"))
+def build(recipe, vocabulary):
+    """Text encoder and DiT at their start. Every block begins as the identity."""
+    torch.manual_seed(recipe.seed)
+    dit = DiT(dit_config(recipe))
+    for block in [*dit.noise_refiner, *dit.layers]:
+        torch.nn.init.zeros_(block.modulation.weight)
+        torch.nn.init.zeros_(block.modulation.bias)
+    torch.nn.init.zeros_(dit.final_layer.linear.weight)
+    for token in (dit.x_pad_token, dit.cap_pad_token):
+        torch.nn.init.normal_(token, std=0.02)
+    encoder = TextEncoder(encoder_config(vocabulary))
+    return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
 
 
-def seeded(device, *where):
-    """A generator that depends on (seed, stage, step, worker) alone: a restart needs no state."""
-    seed = int(np.random.default_rng(where).integers(2 ** 62))
-    return torch.Generator(device).manual_seed(seed)
+def optimizers(nets, recipe):
+    """Muon for the matrices inside blocks, AdamW for the rest."""
+    inside, rest = [], []
+    for name, p in nets.named_parameters():
+        in_block = p.ndim == 2 and ("layers." in name or "refiner." in name)
+        (inside if in_block and "modulation" not in name else rest).append(p)
+    adam = torch.optim.AdamW(rest, recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(inside, recipe.muon_lr), adam]
 
 
-# --- Stages of a run ----------------------------------------------------------------------------
+def random_times(count, recipe, generator):
+    """t = sigmoid(N(mean, std)), (B,), even over the quantiles: gradients are less noisy."""
+    device = generator.device
+    quantiles = torch.arange(count, device=device) + torch.rand(
+        count, generator=generator, device=device)
+    normal = torch.special.ndtri((quantiles / count).clamp(1e-4, 1 - 1e-4))
+    return torch.sigmoid(recipe.time_mean + recipe.time_std * normal)
 
 
-class Run(NamedTuple):
-    """Where and by how many a run is worked on."""
-    out: str
-    device: torch.device
-    rank: int = 0
-    workers: int = 1
-    stop_after: int | None = None
+def velocity(nets, x, t, ids, lengths, tokens):
+    """The DiT's velocity for captions that are all padded to `tokens` tokens.
+
+    It is nets["dit"](x, t, nets["text_encoder"](ids, lengths)), but that all captions share one
+    padded length, so one table of rotary angles serves the batch and nothing is masked.
+    """
+    dit = nets["dit"]
+    features = nets["text_encoder"].embed_tokens(F.pad(ids, (0, tokens - ids.shape[1])))
+    caption = dit.caption_tokens(Text(features, lengths))        # (B, tokens, dim)
+    rope = rotary_angles(dit, tokens, x.shape[-2:], x.device)
+    caption_rope = tuple(part[:, -tokens:] for part in rope)
+    for block in dit.context_refiner:
+        caption = block(caption, caption_rope, None)
+    return dit(x, t, Context(caption, rope, None))
 
 
-_signals = []
+_angles = {}
 
 
-def stopping():
-    """Whether the run was asked to stop, by Ctrl-C or SIGTERM."""
-    return bool(_signals)
+def rotary_angles(dit, tokens, size, device):
+    key = tokens, size, device
+    if key not in _angles:
+        lengths = torch.tensor([tokens], device=device)
+        _angles[key] = dit.rope(joint_positions(lengths, tokens, *size))
+    return _angles[key]
 
 
-def listen():
-    """From here on the two signals are noted, and the stage that runs ends at its next step."""
-    owner = os.getpid()
+class FlowLoss:
+    """flow(step) -> squared error of the velocity for cards and captions that the step draws.
 
-    def handle(number, frame):
-        if os.getpid() == owner:
-            _signals.append(number)
-        elif number == signal.SIGTERM:                           # a process that was forked later
-            os._exit(1)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-class Stage:
-    """A stage of training: what it trains, its step and its time. They are kept in a file.
-
-    `for progress in stage` counts stage.step from 1 and gives the progress, 0 to 1: by steps where
-    their number is given, else by time. After the loop stage.complete says whether the stage
-    came to its end or was stopped.
+    The loss is heavier where the word is, from time `word_time` on. By then x_t
+    shows where the word is, so the weight hardly moves the optimum.
     """
 
-    def __init__(self, run, name, minutes, steps, **parts):
+    def __init__(self, recipe, run, nets, cards, empty):
+        self.recipe = recipe
         self.run = run
-        self.path = os.path.join(run.out, name + ".pt")
-        self.minutes = minutes
-        self.steps = steps
-        self.parts = parts                                       # modules and optimizers
-        self.step, seconds = 0, 0.0
-        if os.path.exists(self.path):
-            saved = torch.load(self.path, map_location=run.device)
-            self.step, seconds = saved["step"], saved["seconds"]
-            for part, module in parts.items():
-                module.load_state_dict(saved[part])
-        self.began = time.monotonic() - seconds
-        self.saved_at = seconds
-        self.complete = False
+        self.nets = nets
+        self.cards = cards
+        self.count = recipe.batch // run.workers
+        self.empty = F.pad(torch.tensor(empty, device=run.device), (0, MAX_TOKENS - len(empty)))
+        self.empty_length = len(empty)
 
-    def seconds(self):
-        return time.monotonic() - self.began
+    def __call__(self, step):
+        recipe, device = self.recipe, self.run.device
+        generator = seeded(device, recipe.seed, 5, step, self.run.rank)
+        index, ids, lengths = self.draw(generator)
+        x1 = self.cards.latents[index].float()                   # (B, 16, 16, 16)
+        noise = torch.randn(x1.shape, generator=generator, device=device)
+        t = random_times(self.count, recipe, generator)
+        at = t[:, None, None, None]
+        x = at * x1 + (1 - at) * noise
+        # Captions of over 32 tokens are padded to 64. Training has none; now and then it pads to
+        # 64 all the same, so that sampling can.
+        tokens = MAX_TOKENS * (1 if step % recipe.long_every else 2)
+        with reduced_precision(device):
+            v = velocity(self.nets, x, t, ids, lengths, tokens).float()
+        heavy = self.cards.words[index] & (t > recipe.word_time)[:, None, None]
+        weight = 1 + (recipe.word_weight - 1) * heavy.unsqueeze(1)
+        return (weight * (v - (x1 - noise)).square()).mean() / weight.mean()
 
-    def progress(self):
-        if stopping() or self.step == self.run.stop_after:
-            return math.inf
-        return self.step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
-
-    def __iter__(self):
-        while (progress := agree(self.progress())) < 1:
-            self.step += 1
-            yield progress
-        self.complete = not math.isinf(progress)
-
-    def save_is_due(self, minutes):
-        return self.seconds() - self.saved_at > 60 * minutes
-
-    def save(self, **more):
-        self.saved_at = self.seconds()
-        if self.run.rank == 0:
-            state = {part: module.state_dict() for part, module in self.parts.items()}
-            state |= {"step": self.step, "seconds": self.seconds()} | more
-            write_whole(self.path, lambda part: torch.save(state, part))
+    def draw(self, generator):
+        """Random cards and one caption each, some of them empty -> index, ids, lengths."""
+        cards, where = self.cards, {"generator": generator, "device": self.run.device}
+        index = torch.randint(len(cards.latents), (self.count,), **where)
+        which = torch.randint(cards.ids.shape[1], (self.count,), **where)
+        dropped = torch.rand(self.count, **where) < self.recipe.caption_drop
+        ids = torch.where(dropped[:, None], self.empty, cards.ids[index, which].long())
+        lengths = cards.lengths[index, which].long().masked_fill(dropped, self.empty_length)
+        return index, ids, lengths
 
 
-def log(run, **values):
-    """One line of JSON to the terminal and to log.jsonl."""
-    if run.rank:
-        return
-    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
-    print(line, flush=True)
-    with open(os.path.join(run.out, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+def reduced_precision(device):
+    """bfloat16 products where the device has fast ones."""
+    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-# --- Workers that share a batch -----------------------------------------------------------------
+def learning_rate(step, progress, recipe):
+    """Share of the full rate: warm-up, constant, then linear to zero."""
+    return min(1, step / recipe.warm_up, (1 - progress) / (1 - recipe.decay_from))
 
 
-def agree(value):
-    """Rank 0's value, for all workers."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.broadcast(tensor, 0)
-    return tensor.item()
+class Guard:
+    """Against divergence: where the loss rises, back to the last good weights at half the rate.
+
+    It is not kept in checkpoints: a run that goes on begins with a new one.
+    """
+
+    def __init__(self, parameters, tolerance=1.15):
+        self.parameters = parameters
+        self.tolerance = tolerance
+        self.best = math.inf
+        self.good = None
+        self.factor = 1.0              # of all learning rates
+
+    @torch.no_grad()
+    def goes_back(self, loss):
+        """`loss`: the mean of the last steps. Keeps the weights if it is good."""
+        if not loss < self.tolerance * self.best and self.good:
+            torch._foreach_copy_(self.parameters, self.good)
+            self.factor *= 0.5
+            return True
+        if loss < self.best:
+            self.best = loss
+            self.good = [p.clone() for p in self.parameters]
+        return False
 
 
-def average_gradients(parameters):
-    """Mean over the workers, as one flat vector."""
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    grads = flat.split([p.numel() for p in parameters])
-    for p, grad in zip(parameters, grads, strict=True):
-        p.grad.copy_(grad.view_as(p))
+def compile_blocks(run, nets, one_step):
+    """Compiles the DiT's blocks and tries them; where that fails, the blocks stay as they are.
+
+    `one_step` computes a step's loss. Blocks of one kind share their compiled code.
+    """
+    dit, began = nets["dit"], time.monotonic()
+    blocks = [*dit.context_refiner, *dit.noise_refiner, *dit.layers]
+    try:
+        for block in blocks:
+            block.compile(dynamic=False)
+        for step in (0, 1):                                      # with short and long captions
+            one_step(step).backward()
+    except Exception as error:    # whatever a compiler may raise: the run goes on without it
+        log(run, stage="compile", error=str(error)[:500])
+        for block in blocks:
+            block._compiled_call_impl = None
+    nets.zero_grad()
+    log(run, stage="compile", seconds=time.monotonic() - began)
 
 
-def descend(loss, parameters, optimizers):
-    """One step of the optimizers along the mean gradient of all workers, clipped to norm 1."""
-    loss.backward()
-    average_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+class Model(NamedTuple):
+    """What sampling needs: the running averages, and what they were trained with."""
+    nets: torch.nn.ModuleDict
+    vae: VAE
+    tokenizer: Tokenizer
+    recipe: Recipe
+
+    def pipeline(self):
+        device = next(self.vae.parameters()).device
+        return sampler.Pipeline(self.tokenizer, self.nets["text_encoder"], self.nets["dit"],
+                                self.vae, self.recipe.shift, size=data.SIDE, device=device)
+
+    def export(self, path):
+        """Writes a checkpoint that sampler.py reads, in bfloat16."""
+        nets, recipe = copy.deepcopy(self.nets).cpu(), self.recipe
+        vae = copy.deepcopy(self.vae).to("cpu", torch.bfloat16)
+        save_pipeline(path, nets["dit"], nets["text_encoder"], vae, self.tokenizer, recipe.shift,
+                      dtype=torch.bfloat16, steps=recipe.sample_steps, guidance=recipe.guidance,
+                      size=data.SIDE)
+
+
+def probe(run, model, name):
+    """Scores on unseen prompts, and a grid of their pictures in --out/`name`."""
+    recipe = model.recipe
+    prompts = data.prompt_list(recipe.probe_prompts, seed=3)
+    images = evaluate.sample_images(model.pipeline(), prompts, recipe.sample_steps,
+                                    recipe.guidance)
+    save_grid(os.path.join(run.out, name), images)
+    row = evaluate.score(images, prompts)
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def checkpoint(run, stage, model):
+    """Keeps the teacher's state, exports the model, and tries it."""
+    stage.save()
+    if run.rank == 0:
+        model.export(os.path.join(run.out, "teacher"))
+        if model.recipe.probe_prompts:
+            log(run, stage="probe", step=stage.step, seconds=stage.seconds(),
+                **probe(run, model, f"samples_{stage.step:06d}.png"))
+
+
+def train_teacher(recipe, run, tokenizer, vae, cards):
+    """Trains text encoder and DiT -> (Model, whether the stage is complete).
+
+    teacher.pt has the state. All workers take the same step, along the mean gradient.
+    """
+    nets = build(recipe, tokenizer.get_vocab_size()).to(run.device)
+    averaged = copy.deepcopy(nets).requires_grad_(False)
+    muon, adam = optimizers(nets, recipe)
+    stage = Stage(run, "teacher", recipe.minutes, recipe.steps, nets=nets, averaged=averaged,
+                  muon=muon, adam=adam)
+    model = Model(averaged, vae, tokenizer, recipe)
+    parameters, weights = list(nets.parameters()), list(averaged.parameters())
+    one_step = FlowLoss(recipe, run, nets, cards, token_ids(tokenizer, ""))
+    if recipe.compile:
+        compile_blocks(run, nets, one_step)
+
+    losses, guard = [], Guard(parameters)
+    for progress in stage:
+        rate = guard.factor * learning_rate(stage.step, progress, recipe)
+        muon.param_groups[0]["lr"] = recipe.muon_lr * rate
+        adam.param_groups[0]["lr"] = recipe.adam_lr * rate
+        loss = one_step(stage.step)
+        descend(loss, parameters, [muon, adam])
+        with torch.no_grad():
+            decay = min(recipe.ema, stage.step / (9 + stage.step))
+            torch._foreach_lerp_(weights, parameters, 1 - decay)
+        losses.append(loss.detach())
+        if len(losses) == recipe.log_every:
+            mean = agree(torch.stack(losses).mean().item())
+            log(run, stage="teacher", step=stage.step, seconds=stage.seconds(), loss=mean,
+                rate=rate)
+            losses = []
+            if guard.goes_back(mean):
+                log(run, stage="teacher", step=stage.step, back_to_loss=guard.best)
+                muon.state.clear()
+                adam.state.clear()
+                averaged.load_state_dict(nets.state_dict())
+        if stage.save_is_due(recipe.save_minutes):
+            checkpoint(run, stage, model)
+    if stage.step:
+        checkpoint(run, stage, model)
+    return model, stage.complete
+
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+
+def crop(images, generator, side):
+    """A window of side x side of each image (B, 3, H, W), anywhere."""
+    room = images.shape[-1] - side + 1
+    corners = torch.randint(room, (len(images), 2), generator=generator).tolist()
+    windows = [image[:, y:y + side, x:x + side]
+               for image, (y, x) in zip(images, corners, strict=True)]
+    return torch.stack(windows)
+
+
+def vae_loss(vae, images, noise_generator, kl_weight):
+    """Absolute and squared error, heavier on edges; the error of the gradients; KL divergence."""
+    on_gpu = images.device.type == "cuda"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=on_gpu):
+        mean, logvar = (part.float() for part in vae.moments(images))
+        noise = torch.randn(mean.shape, generator=noise_generator, device=mean.device)
+        error = vae.decoder(mean + (0.5 * logvar).exp() * noise).float() - images
+    gray = images.mean(1, keepdim=True)
+    contrast = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)     # 0 to 2
+    weight = 1 + 3 * (4 * contrast).clamp(max=1)
+    error_loss = (weight * (error.abs() + error.square())).mean()
+    gradient_loss = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error_loss + 0.5 * gradient_loss + kl_weight * kl
+
+
+def image_batch(pictures, count, cropped, generator):
+    """Images for one step: `count` whole ones, or four times as many crops of half the side."""
+    index = torch.randint(len(pictures), (count * (4 if cropped else 1),), generator=generator)
+    images = as_images(pictures[index.to(pictures.device)])
+    return crop(images, generator, data.SIDE // 2) if cropped else images
+
+
+def finished_vae(run):
+    """The VAE in vae.pt if it is complete, else None."""
+    path = os.path.join(run.out, "vae.pt")
+    saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+    if "scale_shift" not in saved:
+        return None
+    vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
+    vae.load_state_dict(saved["vae"])
+    return vae.eval().requires_grad_(False)
+
+
+def bundled_vae(device="cpu"):
+    """The VAE of vae.safetensors beside this file: trained by this script, 105 s on one H200."""
+    path = os.path.join(HERE, "vae.safetensors")
+    with safe_open(path, "pt") as file:
+        numbers = file.metadata()
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    vae = VAE(vae_config(float(numbers["scaling_factor"]), float(numbers["shift_factor"])))
+    vae.load_state_dict(weights)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def train_vae(recipe, run, drawings):
+    """Trains the VAE -> the VAE, or None if the stage was stopped. vae.pt has its state."""
+    if recipe.bundled_vae:
+        return bundled_vae(run.device)
+    if finished_vae(run) is not None:
+        return finished_vae(run)
+    torch.manual_seed(recipe.seed)
+    vae = VAE(vae_config()).to(run.device)
+    parameters = list(vae.parameters())
+    # Muon for the kernels: after 150 steps the loss was .81, and 1.32 with AdamW alone.
+    muon = Muon([p for p in parameters if p.ndim > 1], recipe.vae_muon_lr)
+    adam = torch.optim.AdamW([p for p in parameters if p.ndim == 1], recipe.vae_adam_lr,
+                             (0.9, 0.99), weight_decay=0.0)
+    stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, muon=muon, adam=adam)
+    test, captions = test_cards(recipe.vae_tests, recipe.seed, run.device)
+    drawings.wait(recipe.vae_drawings)
+    pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
+    count = max(recipe.vae_batch // run.workers, 1)
+
+    for progress in stage:
+        generator = seeded("cpu", recipe.seed, 3, stage.step, run.rank)
+        noise_generator = seeded(run.device, recipe.seed, 4, stage.step, run.rank)
+        rate = min(1, stage.step / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        muon.param_groups[0]["lr"] = recipe.vae_muon_lr * rate
+        adam.param_groups[0]["lr"] = recipe.vae_adam_lr * rate
+        images = image_batch(pictures, count, progress < recipe.vae_crops, generator)
+        loss = vae_loss(vae, images, noise_generator, recipe.kl_weight)
+        descend(loss, parameters, [muon, adam])
+        if stage.step % (4 * recipe.log_every) == 0 and run.rank == 0:
+            log(run, stage="vae", step=stage.step, seconds=stage.seconds(), loss=loss.item(),
+                psnr=evaluate.reconstruct(vae, test)[1])
+        if stage.save_is_due(recipe.save_minutes):
+            stage.save()
+
+    if not stage.complete:
+        stage.save()
+        return None
+    with torch.no_grad():
+        z = torch.cat([vae.moments(as_images(part))[0] for part in pictures[:512].split(64)])
+    stage.save(scale_shift=(1 / z.std().item(), z.mean().item()))
+    agree(0.0)                                                   # until the file is there
+    vae = finished_vae(run)
+    if run.rank == 0:
+        images, psnr = evaluate.reconstruct(vae, test)
+        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr,
+            read_back=evaluate.score(images, captions, test.cpu())["joint"])
+        pairs = torch.stack((test[:16].cpu(), images[:16]), 1).flatten(0, 1)
+        save_grid(os.path.join(run.out, "vae.png"), pairs)
+    return vae
+
+
+# --- Encode -------------------------------------------------------------------------------------
+
+
+class Cards(NamedTuple):
+    """What the teacher learns from. N cards, K captions each."""
+    latents: torch.Tensor    # (N, 16, 16, 16), float16
+    words: torch.Tensor      # (N, 16, 16), true where the word is
+    ids: torch.Tensor        # (N, K, 32), token ids of the captions, 0 after their end
+    lengths: torch.Tensor    # (N, K)
+
+
+@torch.no_grad()
+def encode_cards(recipe, run, vae, drawings):
+    """Latents of all drawings, computed once. On a CPU that takes minutes, so they are kept."""
+    path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
+    if run.rank == 0 and not (keep and os.path.exists(path)):
+        drawings.wait(recipe.drawings)
+        torch.set_num_threads(run.workers)                       # the others wait
+        pictures = torch.from_numpy(drawings.pictures).split(256)
+        latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
+        rest = (torch.from_numpy(array).to(run.device) for array in
+                (drawings.words, drawings.ids, drawings.lengths))
+        cards = Cards(torch.cat(latents), *rest)
+        if not keep:
+            return cards
+        write_whole(path, lambda part: torch.save(tuple(cards), part))
+        torch.set_num_threads(1)
+    agree(0.0)                                                   # until the file is there
+    return Cards(*torch.load(path, mmap=True))
+
+
+# --- Report -------------------------------------------------------------------------------------
+
+
+def report(run, model):
+    """report.json: scores on unseen prompts by steps and guidance, open and given prompts apart.
+
+    Open prompts leave a third of the attributes out, given ones name all. One step without
+    guidance should be clearly worse on open prompts: that is what distillation has to win.
+    """
+    recipe, rows = model.recipe, []
+    many, guidance = recipe.sample_steps, recipe.guidance
+    prompts = {"open": data.prompt_list(recipe.report_prompts, seed=4),
+               "given": data.prompt_list(recipe.report_prompts, seed=5, drop=0.0)}
+    settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
+    for (steps, strength), kind in itertools.product(settings, prompts):
+        if stopping():
+            return
+        images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
+        row = {"prompts": kind, "steps": steps, "guidance": strength}
+        rows.append(row | evaluate.score(images, prompts[kind]))
+        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
+        evaluate.write_json(os.path.join(run.out, "report.json"), rows)
+        log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
 
 
 # --- Drawing ------------------------------------------------------------------------------------
@@ -441,424 +714,149 @@ def orthogonal(matrices):
     return (x.mT if tall else x).type_as(matrices).contiguous()
 
 
-# --- VAE ----------------------------------------------------------------------------------------
+# --- Workers that share a batch -----------------------------------------------------------------
 
 
-def crop(images, generator, side):
-    """A window of side x side of each image (B, 3, H, W), anywhere."""
-    room = images.shape[-1] - side + 1
-    corners = torch.randint(room, (len(images), 2), generator=generator).tolist()
-    windows = [image[:, y:y + side, x:x + side]
-               for image, (y, x) in zip(images, corners, strict=True)]
-    return torch.stack(windows)
+def agree(value):
+    """Rank 0's value, for all workers."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, 0)
+    return tensor.item()
 
 
-def vae_loss(vae, images, noise_generator, kl_weight):
-    """Absolute and squared error, heavier on edges; the error of the gradients; KL divergence."""
-    on_gpu = images.device.type == "cuda"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=on_gpu):
-        mean, logvar = (part.float() for part in vae.moments(images))
-        noise = torch.randn(mean.shape, generator=noise_generator, device=mean.device)
-        error = vae.decoder(mean + (0.5 * logvar).exp() * noise).float() - images
-    gray = images.mean(1, keepdim=True)
-    contrast = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)     # 0 to 2
-    weight = 1 + 3 * (4 * contrast).clamp(max=1)
-    error_loss = (weight * (error.abs() + error.square())).mean()
-    gradient_loss = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error_loss + 0.5 * gradient_loss + kl_weight * kl
+def average_gradients(parameters):
+    """Mean over the workers, as one flat vector."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    grads = flat.split([p.numel() for p in parameters])
+    for p, grad in zip(parameters, grads, strict=True):
+        p.grad.copy_(grad.view_as(p))
 
 
-@torch.no_grad()
-def reconstruct(vae, images, batch=32):
-    """-> reconstructions (B, 3, H, W), and their peak signal-to-noise ratio in dB."""
-    out = torch.cat([vae.decode(vae.encode(part)) for part in images.split(batch)])
-    error = (out.clamp(-1, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
-    return out, (10 * torch.log10(4 / error)).mean().item()
+def descend(loss, parameters, optimizers):
+    """One step of the optimizers along the mean gradient of all workers, clipped to norm 1."""
+    loss.backward()
+    average_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def image_batch(pictures, count, cropped, generator):
-    """Images for one step: `count` whole ones, or four times as many crops of half the side."""
-    index = torch.randint(len(pictures), (count * (4 if cropped else 1),), generator=generator)
-    images = as_images(pictures[index.to(pictures.device)])
-    return crop(images, generator, data.SIDE // 2) if cropped else images
+# --- Stages of a run ----------------------------------------------------------------------------
 
 
-def finished_vae(run):
-    """The VAE in vae.pt if it is complete, else None."""
-    path = os.path.join(run.out, "vae.pt")
-    saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
-    if "scale_shift" not in saved:
-        return None
-    vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
-    vae.load_state_dict(saved["vae"])
-    return vae.eval().requires_grad_(False)
+class Run(NamedTuple):
+    """Where and by how many a run is worked on."""
+    out: str
+    device: torch.device
+    rank: int = 0
+    workers: int = 1
+    stop_after: int | None = None
 
 
-def bundled_vae(device="cpu"):
-    """The VAE of vae.safetensors beside this file: trained by this script, 105 s on one H200."""
-    path = os.path.join(HERE, "vae.safetensors")
-    with safe_open(path, "pt") as file:
-        numbers = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    vae = VAE(vae_config(float(numbers["scaling_factor"]), float(numbers["shift_factor"])))
-    vae.load_state_dict(weights)
-    return vae.to(device).eval().requires_grad_(False)
+_signals = []
 
 
-def train_vae(recipe, run, drawings):
-    """Trains the VAE -> the VAE, or None if the stage was stopped. vae.pt has its state."""
-    if recipe.bundled_vae:
-        return bundled_vae(run.device)
-    if finished_vae(run) is not None:
-        return finished_vae(run)
-    torch.manual_seed(recipe.seed)
-    vae = VAE(vae_config()).to(run.device)
-    parameters = list(vae.parameters())
-    # Muon for the kernels: after 150 steps the loss was .81, and 1.32 with AdamW alone.
-    muon = Muon([p for p in parameters if p.ndim > 1], recipe.vae_muon_lr)
-    adam = torch.optim.AdamW([p for p in parameters if p.ndim == 1], recipe.vae_adam_lr,
-                             (0.9, 0.99), weight_decay=0.0)
-    stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, muon=muon, adam=adam)
-    test, captions = test_cards(recipe.vae_tests, recipe.seed, run.device)
-    drawings.wait(recipe.vae_drawings)
-    pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
-    count = max(recipe.vae_batch // run.workers, 1)
-
-    for progress in stage:
-        generator = seeded("cpu", recipe.seed, 3, stage.step, run.rank)
-        noise_generator = seeded(run.device, recipe.seed, 4, stage.step, run.rank)
-        rate = min(1, stage.step / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        muon.param_groups[0]["lr"] = recipe.vae_muon_lr * rate
-        adam.param_groups[0]["lr"] = recipe.vae_adam_lr * rate
-        images = image_batch(pictures, count, progress < recipe.vae_crops, generator)
-        loss = vae_loss(vae, images, noise_generator, recipe.kl_weight)
-        descend(loss, parameters, [muon, adam])
-        if stage.step % (4 * recipe.log_every) == 0 and run.rank == 0:
-            log(run, stage="vae", step=stage.step, seconds=stage.seconds(), loss=loss.item(),
-                psnr=reconstruct(vae, test)[1])
-        if stage.save_is_due(recipe.save_minutes):
-            stage.save()
-
-    if not stage.complete:
-        stage.save()
-        return None
-    with torch.no_grad():
-        z = torch.cat([vae.moments(as_images(part))[0] for part in pictures[:512].split(64)])
-    stage.save(scale_shift=(1 / z.std().item(), z.mean().item()))
-    agree(0.0)                                                   # until the file is there
-    vae = finished_vae(run)
-    if run.rank == 0:
-        images, psnr = reconstruct(vae, test)
-        log(run, stage="vae", step=stage.step, seconds=stage.seconds(), psnr=psnr,
-            read_back=evaluate.score(images, captions, test.cpu())["joint"])
-        pairs = torch.stack((test[:16], images[:16]), 1).flatten(0, 1)
-        save_grid(os.path.join(run.out, "vae.png"), pairs)
-    return vae
+def stopping():
+    """Whether the run was asked to stop, by Ctrl-C or SIGTERM."""
+    return bool(_signals)
 
 
-# --- Encode -------------------------------------------------------------------------------------
+def listen():
+    """From here on the two signals are noted, and the stage that runs ends at its next step."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() == owner:
+            _signals.append(number)
+        elif number == signal.SIGTERM:                           # a process that was forked later
+            os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
-class Cards(NamedTuple):
-    """What the teacher learns from. N cards, K captions each."""
-    latents: torch.Tensor    # (N, 16, 16, 16), float16
-    words: torch.Tensor      # (N, 16, 16), true where the word is
-    ids: torch.Tensor        # (N, K, 32), token ids of the captions, 0 after their end
-    lengths: torch.Tensor    # (N, K)
+class Stage:
+    """A stage of training: what it trains, its step and its time. They are kept in a file.
 
-
-@torch.no_grad()
-def encode_cards(recipe, run, vae, drawings):
-    """Latents of all drawings, computed once. On a CPU that takes minutes, so they are kept."""
-    path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
-    if run.rank == 0 and not (keep and os.path.exists(path)):
-        drawings.wait(recipe.drawings)
-        torch.set_num_threads(run.workers)                       # the others wait
-        pictures = torch.from_numpy(drawings.pictures).split(256)
-        latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
-        rest = (torch.from_numpy(array).to(run.device) for array in
-                (drawings.words, drawings.ids, drawings.lengths))
-        cards = Cards(torch.cat(latents), *rest)
-        if not keep:
-            return cards
-        write_whole(path, lambda part: torch.save(tuple(cards), part))
-        torch.set_num_threads(1)
-    agree(0.0)                                                   # until the file is there
-    return Cards(*torch.load(path, mmap=True))
-
-
-# --- Teacher ------------------------------------------------------------------------------------
-
-
-def build(recipe, vocabulary):
-    """Text encoder and DiT at their start. Every block begins as the identity."""
-    torch.manual_seed(recipe.seed)
-    dit = DiT(dit_config(recipe))
-    for block in [*dit.noise_refiner, *dit.layers]:
-        torch.nn.init.zeros_(block.modulation.weight)
-        torch.nn.init.zeros_(block.modulation.bias)
-    torch.nn.init.zeros_(dit.final_layer.linear.weight)
-    for token in (dit.x_pad_token, dit.cap_pad_token):
-        torch.nn.init.normal_(token, std=0.02)
-    encoder = TextEncoder(encoder_config(vocabulary))
-    return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
-
-
-def optimizers(nets, recipe):
-    """Muon for the matrices inside blocks, AdamW for the rest."""
-    inside, rest = [], []
-    for name, p in nets.named_parameters():
-        in_block = p.ndim == 2 and ("layers." in name or "refiner." in name)
-        (inside if in_block and "modulation" not in name else rest).append(p)
-    adam = torch.optim.AdamW(rest, recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(inside, recipe.muon_lr), adam]
-
-
-def random_times(count, recipe, generator):
-    """t = sigmoid(N(mean, std)), (B,), even over the quantiles: gradients are less noisy."""
-    device = generator.device
-    quantiles = torch.arange(count, device=device) + torch.rand(
-        count, generator=generator, device=device)
-    normal = torch.special.ndtri((quantiles / count).clamp(1e-4, 1 - 1e-4))
-    return torch.sigmoid(recipe.time_mean + recipe.time_std * normal)
-
-
-def velocity(nets, x, t, ids, lengths, tokens):
-    """The DiT's velocity for captions that are all padded to `tokens` tokens.
-
-    It is nets["dit"](x, t, nets["text_encoder"](ids, lengths)), but that all captions share one
-    padded length, so one table of rotary angles serves the batch and nothing is masked.
-    """
-    dit = nets["dit"]
-    features = nets["text_encoder"].embed_tokens(F.pad(ids, (0, tokens - ids.shape[1])))
-    caption = dit.caption_tokens(Text(features, lengths))        # (B, tokens, dim)
-    rope = rotary_angles(dit, tokens, x.shape[-2:], x.device)
-    caption_rope = tuple(part[:, -tokens:] for part in rope)
-    for block in dit.context_refiner:
-        caption = block(caption, caption_rope, None)
-    return dit(x, t, Context(caption, rope, None))
-
-
-_angles = {}
-
-
-def rotary_angles(dit, tokens, size, device):
-    key = tokens, size, device
-    if key not in _angles:
-        lengths = torch.tensor([tokens], device=device)
-        _angles[key] = dit.rope(joint_positions(lengths, tokens, *size))
-    return _angles[key]
-
-
-class FlowLoss:
-    """flow(step) -> squared error of the velocity for cards and captions that the step draws.
-
-    The loss is heavier where the word is, from the time on at which x_t shows where that is. From
-    there on the weight is a function of x_t, so it does not move the optimum.
+    `for progress in stage` counts stage.step from 1 and gives the progress, 0 to 1: by steps where
+    their number is given, else by time. After the loop stage.complete says whether the stage
+    came to its end or was stopped.
     """
 
-    def __init__(self, recipe, run, nets, cards, empty):
-        self.recipe = recipe
+    def __init__(self, run, name, minutes, steps, **parts):
         self.run = run
-        self.nets = nets
-        self.cards = cards
-        self.count = recipe.batch // run.workers
-        self.empty = F.pad(torch.tensor(empty, device=run.device), (0, MAX_TOKENS - len(empty)))
-        self.empty_length = len(empty)
+        self.path = os.path.join(run.out, name + ".pt")
+        self.minutes = minutes
+        self.steps = steps
+        self.parts = parts                                       # modules and optimizers
+        self.step, seconds = 0, 0.0
+        if os.path.exists(self.path):
+            saved = torch.load(self.path, map_location=run.device)
+            self.step, seconds = saved["step"], saved["seconds"]
+            for part, module in parts.items():
+                module.load_state_dict(saved[part])
+        self.began = time.monotonic() - seconds
+        self.saved_at = seconds
+        self.complete = False
 
-    def __call__(self, step):
-        recipe, device = self.recipe, self.run.device
-        generator = seeded(device, recipe.seed, 5, step, self.run.rank)
-        index, ids, lengths = self.draw(generator)
-        x1 = self.cards.latents[index].float()                   # (B, 16, 16, 16)
-        noise = torch.randn(x1.shape, generator=generator, device=device)
-        t = random_times(self.count, recipe, generator)
-        at = t[:, None, None, None]
-        x = at * x1 + (1 - at) * noise
-        # Captions of over 32 tokens are padded to 64. Training has none; now and then it pads to
-        # 64 all the same, so that sampling can.
-        tokens = MAX_TOKENS * (1 if step % recipe.long_every else 2)
-        with reduced_precision(device):
-            v = velocity(self.nets, x, t, ids, lengths, tokens).float()
-        heavy = self.cards.words[index] & (t > recipe.word_time)[:, None, None]
-        weight = 1 + (recipe.word_weight - 1) * heavy.unsqueeze(1)
-        return (weight * (v - (x1 - noise)).square()).mean() / weight.mean()
+    def seconds(self):
+        return time.monotonic() - self.began
 
-    def draw(self, generator):
-        """Random cards and one caption each, some of them empty -> index, ids, lengths."""
-        cards, where = self.cards, {"generator": generator, "device": self.run.device}
-        index = torch.randint(len(cards.latents), (self.count,), **where)
-        which = torch.randint(cards.ids.shape[1], (self.count,), **where)
-        dropped = torch.rand(self.count, **where) < self.recipe.caption_drop
-        ids = torch.where(dropped[:, None], self.empty, cards.ids[index, which].long())
-        lengths = cards.lengths[index, which].long().masked_fill(dropped, self.empty_length)
-        return index, ids, lengths
+    def progress(self):
+        if stopping() or self.step == self.run.stop_after:
+            return math.inf
+        return self.step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
 
+    def __iter__(self):
+        while (progress := agree(self.progress())) < 1:
+            self.step += 1
+            yield progress
+        self.complete = not math.isinf(progress)
 
-def reduced_precision(device):
-    """bfloat16 products where the device has fast ones."""
-    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    def save_is_due(self, minutes):
+        return self.seconds() - self.saved_at > 60 * minutes
+
+    def save(self, **more):
+        self.saved_at = self.seconds()
+        if self.run.rank == 0:
+            state = {part: module.state_dict() for part, module in self.parts.items()}
+            state |= {"step": self.step, "seconds": self.seconds()} | more
+            write_whole(self.path, lambda part: torch.save(state, part))
 
 
-def learning_rate(step, progress, recipe):
-    """Share of the full rate: warm-up, constant, then linear to zero."""
-    return min(1, step / recipe.warm_up, (1 - progress) / (1 - recipe.decay_from))
+def log(run, **values):
+    """One line of JSON to the terminal and to log.jsonl."""
+    if run.rank:
+        return
+    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+    print(line, flush=True)
+    with open(os.path.join(run.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
-class Guard:
-    """Against divergence: where the loss rises, back to the last good weights at half the rate."""
-
-    def __init__(self, parameters, tolerance=1.15):
-        self.parameters = parameters
-        self.tolerance = tolerance
-        self.best = math.inf
-        self.good = None
-        self.factor = 1.0              # of all learning rates
-
-    @torch.no_grad()
-    def goes_back(self, loss):
-        """`loss`: the mean of the last steps. Keeps the weights if it is good."""
-        if not loss < self.tolerance * self.best and self.good:
-            torch._foreach_copy_(self.parameters, self.good)
-            self.factor *= 0.5
-            return True
-        if loss < self.best:
-            self.best = loss
-            self.good = [p.clone() for p in self.parameters]
-        return False
+# --- Small things -------------------------------------------------------------------------------
 
 
-def compile_blocks(run, nets, one_step):
-    """Compiles the DiT's blocks and tries them; where that fails, the blocks stay as they are.
-
-    `one_step` computes a step's loss. Blocks of one kind share their compiled code.
-    """
-    dit, began = nets["dit"], time.monotonic()
-    blocks = [*dit.context_refiner, *dit.noise_refiner, *dit.layers]
-    try:
-        for block in blocks:
-            block.compile(dynamic=False)
-        for step in (0, 1):                                      # with short and long captions
-            one_step(step).backward()
-    except Exception as error:    # whatever a compiler may raise: the run goes on without it
-        log(run, stage="compile", error=str(error)[:500])
-        for block in blocks:
-            block._compiled_call_impl = None
-    nets.zero_grad()
-    log(run, stage="compile", seconds=time.monotonic() - began)
+def save_grid(path, images, columns=8):
+    """(B, 3, H, W) in [-1, 1] -> PNG."""
+    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+    rows = [torch.cat(list(row), 1) for row in pixels.cpu().split(columns)]
+    rows = [F.pad(row, (0, 0, 0, rows[0].shape[1] - row.shape[1]), value=255) for row in rows]
+    grid = Image.fromarray(torch.cat(rows).numpy())
+    write_whole(path, lambda part: grid.save(part, format="PNG"))
 
 
-class Model(NamedTuple):
-    """What sampling needs: the running averages, and what they were trained with."""
-    nets: torch.nn.ModuleDict
-    vae: VAE
-    tokenizer: Tokenizer
-    recipe: Recipe
-
-    def pipeline(self):
-        device = next(self.vae.parameters()).device
-        return sampler.Pipeline(self.tokenizer, self.nets["text_encoder"], self.nets["dit"],
-                                self.vae, self.recipe.shift, size=data.SIDE, device=device)
-
-    def export(self, path):
-        """Writes a checkpoint that sampler.py reads, in bfloat16."""
-        nets, recipe = copy.deepcopy(self.nets).cpu(), self.recipe
-        vae = copy.deepcopy(self.vae).to("cpu", torch.bfloat16)
-        save_pipeline(path, nets["dit"], nets["text_encoder"], vae, self.tokenizer, recipe.shift,
-                      dtype=torch.bfloat16, steps=recipe.sample_steps, guidance=recipe.guidance,
-                      size=data.SIDE)
-
-
-def probe(run, model, name):
-    """Scores on unseen prompts, and a grid of their pictures in --out/`name`."""
-    recipe = model.recipe
-    prompts = data.prompt_list(recipe.probe_prompts, seed=3)
-    images = evaluate.sample_images(model.pipeline(), prompts, recipe.sample_steps,
-                                    recipe.guidance)
-    save_grid(os.path.join(run.out, name), images)
-    row = evaluate.score(images, prompts)
-    return {key: value for key, value in row.items() if isinstance(value, float)}
-
-
-def checkpoint(run, stage, model):
-    """Keeps the teacher's state, exports the model, and tries it."""
-    stage.save()
-    if run.rank == 0:
-        model.export(os.path.join(run.out, "teacher"))
-        if model.recipe.probe_prompts:
-            log(run, stage="probe", step=stage.step, seconds=stage.seconds(),
-                **probe(run, model, f"samples_{stage.step:06d}.png"))
-
-
-def train_teacher(recipe, run, tokenizer, vae, cards):
-    """Trains text encoder and DiT -> (Model, whether the stage is complete).
-
-    teacher.pt has the state. All workers take the same step, along the mean gradient.
-    """
-    nets = build(recipe, tokenizer.get_vocab_size()).to(run.device)
-    averaged = copy.deepcopy(nets).requires_grad_(False)
-    muon, adam = optimizers(nets, recipe)
-    stage = Stage(run, "teacher", recipe.minutes, recipe.steps, nets=nets, averaged=averaged,
-                  muon=muon, adam=adam)
-    model = Model(averaged, vae, tokenizer, recipe)
-    parameters, weights = list(nets.parameters()), list(averaged.parameters())
-    one_step = FlowLoss(recipe, run, nets, cards, token_ids(tokenizer, ""))
-    if recipe.compile:
-        compile_blocks(run, nets, one_step)
-
-    losses, guard = [], Guard(parameters)
-    for progress in stage:
-        rate = guard.factor * learning_rate(stage.step, progress, recipe)
-        muon.param_groups[0]["lr"] = recipe.muon_lr * rate
-        adam.param_groups[0]["lr"] = recipe.adam_lr * rate
-        loss = one_step(stage.step)
-        descend(loss, parameters, [muon, adam])
-        with torch.no_grad():
-            decay = min(recipe.ema, stage.step / (9 + stage.step))
-            torch._foreach_lerp_(weights, parameters, 1 - decay)
-        losses.append(loss.detach())
-        if len(losses) == recipe.log_every:
-            mean = torch.stack(losses).mean().item()
-            log(run, stage="teacher", step=stage.step, seconds=stage.seconds(), loss=mean,
-                rate=rate)
-            losses = []
-            if guard.goes_back(mean):
-                log(run, stage="teacher", step=stage.step, back_to_loss=guard.best)
-                muon.state.clear()
-                adam.state.clear()
-                averaged.load_state_dict(nets.state_dict())
-        if stage.save_is_due(recipe.save_minutes):
-            checkpoint(run, stage, model)
-    if stage.step:
-        checkpoint(run, stage, model)
-    return model, stage.complete
-
-
-# --- Report -------------------------------------------------------------------------------------
-
-
-def report(run, model):
-    """report.json: scores on unseen prompts by steps and guidance, open and given prompts apart.
-
-    Open prompts leave a third of the attributes out, given ones name all. One step without
-    guidance should be clearly worse on open prompts: that is what distillation has to win.
-    """
-    recipe, rows = model.recipe, []
-    many, guidance = recipe.sample_steps, recipe.guidance
-    prompts = {"open": data.prompt_list(recipe.report_prompts, seed=4),
-               "given": data.prompt_list(recipe.report_prompts, seed=5, drop=0.0)}
-    settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
-    for (steps, strength), kind in itertools.product(settings, prompts):
-        if stopping():
-            return
-        images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
-        row = {"prompts": kind, "steps": steps, "guidance": strength}
-        rows.append(row | evaluate.score(images, prompts[kind]))
-        save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
-        evaluate.write_json(os.path.join(run.out, "report.json"), rows)
-        log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
+def seeded(device, *where):
+    """A generator that depends on (seed, stage, step, worker) alone: a restart needs no state."""
+    seed = int(np.random.default_rng(where).integers(2 ** 62))
+    return torch.Generator(device).manual_seed(seed)
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -942,6 +940,7 @@ def main():
     recipe = recipe_from(args)
     check(args, recipe)
     torch.set_num_threads(1)
+    sampler.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     listen()
     run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
@@ -949,7 +948,11 @@ def main():
     tokenizer = data.build_tokenizer()
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
     drawings = Drawings(recipe, tokenizer)
-    if not os.path.exists(os.path.join(args.out, "cards.pt")):
+    has_vae = recipe.bundled_vae or finished_vae(run) is not None
+    encoded = os.path.join(args.out, "cards.pt")
+    if not has_vae and os.path.exists(encoded):
+        os.remove(encoded)                                       # latents of another VAE
+    if not os.path.exists(encoded):
         on_gpu = args.device == "cuda"
         drawings.start(max(os.cpu_count() - 2, 1) if on_gpu else args.workers)
         if not on_gpu:

@@ -25,6 +25,7 @@ class World:
     jitter: float = 1.0            # how far places wander, of JITTER
 
 
+# Worlds of growing difficulty. Train on a low one first, to see whether the model learns at all.
 LADDER = {
     1: World(letters=0, hanzi=0, landscapes=0, two_things=0, sides=False, sizes=False, tilts=False,
              fonts=False),

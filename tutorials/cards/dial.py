@@ -1,0 +1,88 @@
+"""Guidance kept: a student between two students, and what that does to accuracy and diversity.
+
+    python tutorials/cards/dial.py --low runs/alpha1/student --high runs/alpha4/student
+    python tutorials/cards/dial.py --low ... --high ... --share 0.5 --out runs/half
+
+Two students that start from the same teacher, one with a small alpha and one with a large one, stay
+close enough that weights between theirs make a student, too. Its guidance is then between theirs,
+and sampling costs no more. The share is how far it lies from --low (0) to --high (1).
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+
+import evaluate  # noqa: E402
+import sampler  # noqa: E402
+from convert_weights import (  # noqa: E402
+    Parser,
+    UserError,
+    build,
+    number,
+    run_command,
+    save_pipeline,
+)
+
+COLUMNS = ("joint", "strict", "frechet", "saturation", "diversity")
+
+
+def between(low, high, share):
+    """Two Pipelines of one architecture -> a Pipeline with the DiT's weights between theirs."""
+    a, b = low.dit.state_dict(), high.dit.state_dict()
+    if {name: w.shape for name, w in a.items()} != {name: w.shape for name, w in b.items()}:
+        raise UserError("--low and --high are networks of different shapes")
+    dit = build("dit", low.dit.config)
+    weights = {name: torch.lerp(w.float(), b[name].float(), share) for name, w in a.items()}
+    dit.load_state_dict(weights, assign=True)
+    return replace(low, dit=dit.eval().requires_grad_(False))
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--low", required=True, metavar="DIR", help="the student with the smaller alpha")
+    add("--high", required=True, metavar="DIR", help="the student with the larger alpha")
+    add("--share", type=number(0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="F")
+    add("--steps", type=number(1, 1000, int), default=4, metavar="N")
+    add("--count", type=number(1, 10 ** 6, int), default=200, metavar="K", help="held-out prompts")
+    add("--seed", type=number(0, 10 ** 6, int), default=0, metavar="S")
+    add("--json", metavar="OUT", help="write all figures to this file")
+    add("--out", metavar="DIR", help="write the student of the first --share to this new directory")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    low, high = sampler.load_pipeline(args.low), sampler.load_pipeline(args.high)
+    if args.out:
+        student = between(low, high, args.share[0])
+        save_pipeline(Path(args.out), student.dit, student.text_encoder, student.vae,
+                      student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
+                      guidance=0.0, size=student.size, trained_steps=student.trained_steps)
+        print(f"wrote {args.out}")
+        return
+    prompts = sampler.read_prompts(HERE / "prompts_heldout.txt")[:args.count]
+    real, rows = evaluate.drawings(prompts, 1), []
+    print(f"| share | {' | '.join(COLUMNS)} |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for share in args.share:
+        student = between(low, high, share)
+        images = evaluate.sample_images(student, prompts, args.steps, 0.0, args.seed)
+        row = evaluate.score(images, prompts, real)
+        row |= {"share": share, "diversity": evaluate.diversity(student, args.steps, 0.0)}
+        figures = " | ".join(f"{row[name]:.3f}" for name in COLUMNS)
+        print(f"| {share:g} | {figures} |", flush=True)
+        rows.append(evaluate.without_nan(row))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
