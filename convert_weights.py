@@ -716,7 +716,7 @@ def rename_new(part, path):
     """Renames a file. FileExistsError where there is another one of this name already."""
     try:
         os.link(part, path)
-    except (OSError, NotImplementedError):    # it exists, or the file system has no links
+    except OSError:                           # it exists, or the file system has no links
         path.open("x").close()
         os.replace(part, path)
 

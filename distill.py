@@ -298,8 +298,7 @@ class Run:
         nets = {name: scale.AutocastNet(net, pipeline.device, args.dtype, args.accumulate)
                 for name, net in self.learners.nets.items()}
         self.averaged, self.counted = nets.pop("averaged"), tuple(nets.values())
-        # The student uses momentum because its gradient is noisy. The fake uses none because it
-        # must follow the student quickly.
+        # Momentum for the student's noisy gradient; none for the fake, which must follow quickly.
         weights = self.learners.weights
         nets["student_optimizer"] = scale.adam(weights["student"], args.lr, 0.9)
         nets["fake_optimizer"] = scale.adam(weights["fake"], args.fake_lr, 0.0)
@@ -482,6 +481,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
                 if callback:
                     callback(p.done, student)
             run.end_if_asked(stop.number)
+    pipeline.text_encoder.to(pipeline.device)  # back from where a FeatureCache has left it
     return student
 
 

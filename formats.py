@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import re
 import struct
@@ -299,8 +298,8 @@ FORMATS = {
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fn_rowwise": "F8_E4M3", "float8_e5m2": "F8_E5M2",
     "int8_tensorwise": "I8", "int8_rowwise": "I8", "nvfp4": "U8", "mxfp8": "F8_E4M3",
 }
-# The types of the scales, where these are not plain numbers.
-SCALE_TYPES = {"nvfp4": ("F8_E4M3", "U8"), "mxfp8": ("U8", "F8_E8M0")}
+# The types that each scale may have, where that is not one scale of plain numbers.
+SCALE_TYPES = {"nvfp4": (("F8_E4M3", "U8"), PLAIN[:4]), "mxfp8": (("U8", "F8_E8M0"),)}
 SCALES = {"weight_scale": 0, "scale_weight": 0, "weight_scale_2": 1}
 BESIDE_A_WEIGHT = (*SCALES, "comfy_quant", "input_scale", "scale_input")
 ROTATED = 256         # columns in a group of ComfyUI's int8 files
@@ -355,18 +354,20 @@ def describe_scales(stored):
 
 def is_read(stored, form, group):
     """Whether type, shape, scales and group of a tensor are those of its format."""
-    scales = [scale.number_type for scale in stored.scales if scale is not None]
+    scales = [scale for scale in stored.scales if scale is not None]
+    allowed = SCALE_TYPES.get(form, (PLAIN[:4],))
     if form in ("plain", "gguf"):
         return (form == "gguf" or stored.number_type in PLAIN) and not scales
-    if FORMATS.get(form) != stored.number_type or len(stored.shape) != 2 or not stored.scales[0]:
+    if FORMATS.get(form) != stored.number_type or len(stored.shape) != 2:
+        return False
+    if not stored.scales[0] or len(scales) != len(allowed):
         return False
     fits_group = type(group) is int and group in (0, 4, 16, 64, 256, 1024)
     if not fits_group or (group and stored.shape[1] % group):
         return False
-    if form == "nvfp4" and (len(scales) < 2 or math.prod(stored.scales[1].shape) != 1):
+    if form == "nvfp4" and math.prod(scales[1].shape) != 1:
         return False
-    allowed = [SCALE_TYPES.get(form, PLAIN[:4]), *[PLAIN[:4]] * (form == "nvfp4")]
-    return len(scales) == len(allowed) and all(map(operator.contains, allowed, scales))
+    return all(s.number_type in types for s, types in zip(scales, allowed, strict=True))
 
 
 def dequantize(stored, first, shape):

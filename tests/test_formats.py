@@ -659,6 +659,6 @@ def test_a_tensor_that_is_not_aligned(tmp_path):
 
 def test_damaged_files():
     """A sample of tests/tools/fuzz_files.py, which says what is good."""
-    errors, loaded, faults = fuzz_files.run(56, seed=0)
+    errors, loaded, faults = fuzz_files.run(40, seed=0)
     assert not faults
-    assert errors > 20 and loaded > 5
+    assert errors > 15 and loaded > 5

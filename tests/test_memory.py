@@ -318,6 +318,15 @@ def test_quantized_layers(monkeypatch, kind, sizes, limit, has_products, dtype):
         assert relative_error(y, (x.double() @ weight.t()).float()) < 1e-6
 
 
+def test_a_cpu_multiplies_int8_of_any_size(monkeypatch):
+    """Only a GPU wants multiples of 16."""
+    monkeypatch.setattr(hardware, "has_products", has_all)
+    product = Recorder(torch._int_mm)
+    monkeypatch.setattr(torch, "_int_mm", product)
+    hardware.quantize(nn.Sequential(nn.Linear(426, 7, bias=False)), "int8")(torch.randn(3, 426))
+    assert len(product.calls) == 1
+
+
 def test_outliers_do_not_spoil_int8(monkeypatch):
     """One channel a hundred times larger: without rotation it takes the range of all others."""
     monkeypatch.setattr(hardware, "has_products", has_all)

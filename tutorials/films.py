@@ -107,7 +107,7 @@ def cards_film(folder):
         duration=[900] * (len(frames) - 1) + [2500]))
 
 
-# --- One good run and four bad ones, for how_to_read_a_run.md -----------------------------------
+# --- One good run and four bad ones -------------------------------------------------------------
 
 MINUTE = "--steps 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 --log-every 5"
 READ_RUNS = {"good": "", "rate_too_high": "--lr 1e-2", "fake_too_slow": "--fake-lr 1e-5",
@@ -120,7 +120,7 @@ def read_runs():
                                   for name, options in READ_RUNS.items()])
 
 
-# --- The observer, in pictures -------------------------------------------------------------------
+# --- The observer on the bundled world ----------------------------------------------------------
 
 
 def observer_figure(count=6, taus=(0.25, 0.5, 0.75), iterations=150):
@@ -136,24 +136,23 @@ def observer_figure(count=6, taus=(0.25, 0.5, 0.75), iterations=150):
     fake = copy.deepcopy(teacher.dit).requires_grad_(True)
     optimizer = torch.optim.Adam(fake.parameters(), 1e-3, (0.0, 0.99))
     prompts = read_prompts(fig.WORLD / "prompts.txt")
-    times = time_schedule(4, teacher.shift)
+    times, side = time_schedule(4, teacher.shift), teacher.size
     for i in range(iterations):
         some = [prompts[(16 * i + k) % len(prompts)] for k in range(16)]
         text = encode_prompts(teacher, some)
         with torch.no_grad():
-            noise, _ = latent_noise(teacher, teacher.size, teacher.size, 1000 + 16 * i, 16)
-            x = sample(spoiled.dit, noise, text, times)
+            x = sample(spoiled.dit, latent_noise(teacher, side, side, 16 * i, 16)[0], text, times)
         tau = shift_time(torch.rand(16), teacher.shift)
         update(fake_loss(fake, x, tau, text, torch.randn_like(x)), optimizer)
     shown = fig.open_prompts(count)
     with torch.no_grad():
         text = encode_prompts(teacher, shown)
-        noise, other = latent_noise(teacher, teacher.size, teacher.size, 0, count)
+        noise = latent_noise(teacher, side, side, 0, count)[0]
         x = sample(spoiled.dit, noise, text, times)
         rows = {"the student's outputs": x}
         for tau in taus:
             t = torch.full((count,), tau)
-            x_t = renoise(x, t, other)
+            x_t = renoise(x, t, latent_noise(teacher, side, side, 100, count)[0])
             for name, net in (("teacher", teacher.dit), ("fake", fake)):
                 rows[f"{name}, tau {tau}"] = data_estimate(net, x_t, t, text)
         images = {name: teacher.vae.decode(x).clamp(-1, 1) / 2 + 0.5 for name, x in rows.items()}

@@ -5,10 +5,14 @@
 Good: one sentence (UserError), or a network that differs from the original in numbers only, because
 only numbers were damaged. Bad: any other exception, a hang, or other numbers after damage to names,
 shapes or places. The files are the tiny checkpoint as one safetensors file, in shards with an
-index, an adapter, and two GGUF files.
+index, an adapter, an int8 file, two GGUF files (if the gguf package is there), tokenizers and
+configurations. Some cases draw a picture by sampler.py's command line.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import random
 import shutil
@@ -18,15 +22,19 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import convert_weights  # noqa: E402
 import formats  # noqa: E402
+import sampler  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 TINY = DATA / "tiny"
@@ -171,6 +179,152 @@ HEADERS = [with_header(change) for change in (
     drop_tensor, strange_entry, strange_metadata, name_twice, many_tensors, deep_json)]
 
 
+# --- Damages of a GGUF header ---------------------------------------------------------------------
+
+
+def with_gguf_header(change):
+    """A damage of a GGUF header, given as change(list of tensors, list of pairs, generator).
+
+    A tensor is [name, dims, type, offset]; a pair is (key, the bytes of its type and value). The
+    tensors' bytes stay as they are.
+    """
+    def damage(data, random_):
+        pairs, tensors, end = parse_gguf(data)
+        change(tensors, pairs, random_)
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
+        for key, value in pairs:
+            header += gguf_text(key) + value
+        for name, dims, number, offset in tensors:
+            header += gguf_text(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+            header += struct.pack("<IQ", number, offset)
+        start = -(-end // 32) * 32
+        header += bytes(-len(header) % 32)
+        # The bytes of a tensor do not say whose they are: other types and places, other numbers.
+        only_numbers = change in (gguf_type, gguf_swap)
+        return change.__name__, header + data[start:], only_numbers
+    damage.__name__ = change.__name__
+    return damage
+
+
+def gguf_text(text):
+    text = text.encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def parse_gguf(data):
+    """The pairs and tensors of a GGUF header, see with_gguf_header, and where it ends."""
+    reader = formats.GGUFReader(data)
+    _, tensors, values = reader.take("I"), reader.take("Q"), reader.take("Q")
+    pairs, found = [], []
+    for _ in range(values):
+        key, start = reader.text(), reader.position
+        reader.value(reader.take("I"))
+        pairs.append((key, data[start:reader.position]))
+    for _ in range(tensors):
+        name = reader.text()
+        dims = [reader.take("Q") for _ in range(reader.take("I"))]
+        found.append([name, dims, reader.take("I"), reader.take("Q")])
+    return pairs, found, reader.position
+
+
+def gguf_moves_tensor(tensors, pairs, random_):
+    random_.choice(tensors)[3] += random_.choice([1, 32, 10 ** 6, 2 ** 62])
+
+
+def gguf_overlap(tensors, pairs, random_):
+    one, other = random_.sample([tensor for tensor in tensors if tensor[1]], 2)
+    one[3] = other[3]
+
+
+def gguf_swap(tensors, pairs, random_):
+    """Two tensors' places. Sizes that differ make gaps and overlaps."""
+    one, other = random_.sample(tensors, 2)
+    while one[1] == other[1]:
+        one, other = random_.sample(tensors, 2)
+    one[3], other[3] = other[3], one[3]
+
+
+def gguf_type(tensors, pairs, random_):
+    tensor = random_.choice(tensors)
+    tensor[2] = random_.choice([n for n in (0, 1, 2, 8, 14, 16, 30, 39, 99, 2 ** 32 - 1)
+                                if n != tensor[2]])
+
+
+def gguf_dims(tensors, pairs, random_):
+    tensor = random_.choice(tensors)
+    tensor[1] = random_.choice([[], [0], [2 ** 63, 2], [1] * 20, tensor[1] + [2], tensor[1][::-1]])
+
+
+def gguf_name_twice(tensors, pairs, random_):
+    tensors.append(list(random_.choice(tensors)))
+
+
+def gguf_renames(tensors, pairs, random_):
+    random_.choice(tensors)[0] = random_.choice(["", "x", "a" * 5000, "model.x"])
+
+
+def gguf_drops(tensors, pairs, random_):
+    tensors.remove(random_.choice(tensors))
+
+
+def gguf_pair(tensors, pairs, random_):
+    """Keys that come twice, types that do not exist, lengths too large, strange alignments."""
+    text, number, alignment = struct.pack("<IQ", 8, 2 ** 60), 4, "general.alignment"
+    pairs.append(random_.choice([
+        ("x", struct.pack("<I", 77)), ("x", text), ("x", struct.pack("<IIQ", 9, 4, 2 ** 60)),
+        ("x", struct.pack("<IIQ", 9, 8, 2 ** 60)), ("x", struct.pack("<IIQ", 9, 9, 3)),
+        (alignment, struct.pack("<II", number, 0)), (alignment, struct.pack("<If", 6, 0.5)),
+        (alignment, struct.pack("<I", 8) + gguf_text("32")),
+        ("general.architecture", struct.pack("<I", 8) + gguf_text("llama")),
+        ("general.architecture", struct.pack("<II", number, 7))]))
+    if random_.random() < 0.3:
+        pairs.append(pairs[-1])
+
+
+GGUF = [with_gguf_header(change) for change in (
+    gguf_moves_tensor, gguf_overlap, gguf_swap, gguf_type, gguf_dims, gguf_name_twice,
+    gguf_renames, gguf_drops, gguf_pair)]
+
+
+# --- Damages of JSON files ------------------------------------------------------------------------
+
+
+def json_values(data, random_):
+    """Another value, or none, at a place somewhere in a JSON file."""
+    tree = json.loads(data)
+    node, key = tree, None
+    while True:
+        keys = list(node) if isinstance(node, dict) else [*range(len(node))]
+        if not keys:
+            break
+        parent, key = node, random_.choice(keys)
+        node = parent[key]
+        if not isinstance(node, (dict, list)) or random_.random() < 0.3:
+            break
+    if key is not None and random_.random() < 0.2:
+        del parent[key]
+    elif key is not None:
+        parent[key] = random_.choice([None, -1, 0, 7, 10 ** 400, 0.5, "", "x", [], {}, [[]], True,
+                                      float("nan"), {"x": [1]}])
+    return f"value at {key}", json.dumps(tree).encode(), True
+
+
+def damage_text(data, random_):
+    i = random_.randrange(len(data))
+    return f"bit of byte {i}", flip(data, i, random_), True
+
+
+def no_object(data, random_):
+    return "no object", random_.choice([b"", b"[]", b"3", b"null", b"\xff", b"[" * 10 ** 5]), True
+
+
+def cut_text(data, random_):
+    return "cut", data[:random_.randrange(len(data))], True
+
+
+TEXTS = [json_values, json_values, damage_text, cut_text, no_object]
+
+
 # --- What is damaged, and how it is loaded --------------------------------------------------------
 
 
@@ -186,8 +340,40 @@ def load_encoder(file):
     return convert_weights.load_text_encoder(file, like=TINY / "text_encoder")
 
 
+def load_all(folder):
+    """All networks of a checkpoint, as one module."""
+    checkpoint = convert_weights.open_checkpoint(folder)
+    return torch.nn.ModuleDict({kind: convert_weights.load(kind, network)
+                                for kind, network in checkpoint.networks.items()})
+
+
+def draw(folder):
+    """A picture by the command line, in this process -> a module that holds it.
+
+    UserError for exit code 2 and a sentence. Other ends are faults.
+    """
+    out = folder / "image.png"
+    out.unlink(missing_ok=True)
+    error, words = io.StringIO(), ["a cat", "--size", "32x32", "--steps", "1", "--upscale", "none"]
+    argv = ["sampler.py", *words, "--model", str(folder), "--out", str(out)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(error), \
+            contextlib.redirect_stdout(io.StringIO()):
+        try:
+            convert_weights.run_command(sampler.main)
+        except SystemExit as end:
+            lines = [line for line in error.getvalue().splitlines() if line.startswith("error: ")]
+            assert end.code == 2 and len(lines) == 1, error.getvalue()
+            raise convert_weights.UserError(lines[0]) from None
+        finally:
+            left = [path.name for path in folder.glob(".part-*")]
+            assert not left, left
+    module = torch.nn.Module()
+    module.register_buffer("pixels", torch.from_numpy(np.array(Image.open(out))))
+    return module
+
+
 def make_files(folder):
-    """The files to damage: (file, function that loads it, damages)."""
+    """The files to damage: (files, of which one at a time; function that loads one; damages)."""
     convert_weights.convert(TINY, folder / "comfy", to="comfy")
     shutil.copytree(TINY / "transformer", folder / "transformer")
     files, shards = DATA / "formats", folder / "transformer"
@@ -197,16 +383,27 @@ def make_files(folder):
     encoder = shutil.copy(files / "gguf/text_encoder_q8_0_llamacpp.gguf", folder / "te.gguf")
     index = shards / "diffusion_pytorch_model.safetensors.index.json"
     whole = [*BYTES, length_of_header, *HEADERS]
-    return [
-        (folder / "comfy/z_image.safetensors", load_dit, whole),
-        (shards / "diffusion_pytorch_model-00002-of-00005.safetensors",
+    texts = shutil.copytree(TINY, folder / "texts")
+    drawn = shutil.copytree(TINY, folder / "drawn")
+    jsons = [texts / name for name in (
+        "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "model_index.json",
+        "transformer/config.json", "text_encoder/config.json", "vae/config.json",
+        "scheduler/scheduler_config.json")]
+    found = [
+        ([folder / "comfy/z_image.safetensors"], load_dit, whole),
+        ([shards / "diffusion_pytorch_model-00002-of-00005.safetensors"],
          lambda file: load_dit(file.parent), whole),
-        (index, lambda file: load_dit(file.parent), INDICES),
-        (lora, load_with_adapter, whole),
-        (fp8, load_dit, whole),
-        (dit, load_dit, BYTES),
-        (encoder, load_encoder, BYTES),
+        ([index], lambda file: load_dit(file.parent), INDICES),
+        ([lora], load_with_adapter, whole),
+        ([fp8], load_dit, whole),
+        (jsons, lambda file: load_all(texts), TEXTS),
+        ([drawn / "vae/diffusion_pytorch_model.safetensors"], lambda file: draw(drawn), whole),
+        ([drawn / "tokenizer/tokenizer.json", drawn / "transformer/config.json"],
+         lambda file: draw(drawn), TEXTS),
     ]
+    if importlib.util.find_spec("gguf"):
+        found += [([dit], load_dit, [*BYTES, *GGUF]), ([encoder], load_encoder, [*BYTES, *GGUF])]
+    return found
 
 
 def index_of_many(data, random_):
@@ -242,11 +439,14 @@ def outcome(file, load, expected, only_numbers):
         return "error" if is_sentence else f"too long a sentence: {str(error)[:300]}"
     except Hang:
         return "it hangs"
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:            # a panic of the tokenizers package is no Exception
         return f"{type(error).__name__}: {error}"
     finally:
         signal.alarm(0)
-    same = all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    same = state.keys() == expected.keys() and all(
+        torch.equal(tensor, expected[name]) for name, tensor in state.items())
     return "loaded" if same or only_numbers else "silently other numbers"
 
 
@@ -259,19 +459,19 @@ def run(cases, seed, say=print):
         expected = {}
         for i in range(cases):
             random_ = random.Random(f"{seed} {i}")
-            file, load, damages = files[i % len(files)]
-            file = Path(file)
-            if file not in expected:
+            places, load, damages = files[i % len(files)]
+            file = Path(random_.choice(places))
+            if i < len(files):
                 if file.suffix == ".gguf":
                     tensors = formats.read_header(file)[0].values()
                     start = min(stored.start for stored in tensors)
                     GGUF_HEADERS[file.stat().st_size] = start
-                expected[file] = load(file).state_dict()
+                expected[i] = load(file).state_dict()
             data = file.read_bytes()
-            damage = damages[(i // len(files)) % len(damages)]
+            damage = random_.choice(damages)
             what, damaged, only_numbers = damage(data, random_)
             replace(file, damaged)
-            result = outcome(file, load, expected[file], only_numbers)
+            result = outcome(file, load, expected[i % len(files)], only_numbers)
             replace(file, data)
             if result in counts:
                 counts[result] += 1

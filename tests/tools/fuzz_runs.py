@@ -7,8 +7,6 @@ of the run that is gone afterwards. The run is one of the tiny checkpoint, of tw
 """
 
 import argparse
-import contextlib
-import io
 import random
 import shutil
 import signal
@@ -16,12 +14,10 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from unittest import mock
 
 import distill
-from convert_weights import run_command
+from tests.conftest import TINY, run_here
 
-TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 SECONDS = 60                  # for one case; a hang is more
 
 
@@ -54,20 +50,12 @@ def swap_digits(data, chance):
 DAMAGES = (flip, cut, repeat, other_text, swap_digits)
 
 
-def command(*words):
-    """Runs distill.py in this process -> exit code, what it printed to stderr."""
-    error = io.StringIO()
-    with mock.patch.object(sys, "argv", ["distill.py", *map(str, words)]), \
-            contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-        try:
-            run_command(distill.main)
-        except SystemExit as stop:
-            return stop.code, error.getvalue()
-    return 0, error.getvalue()
+class Hang(BaseException):
+    """No Exception: a program that takes such a one for a fault of a file must not hide it."""
 
 
 def stop(*_):
-    raise TimeoutError("it hangs")
+    raise Hang
 
 
 def try_case(run, chance):
@@ -83,14 +71,15 @@ def try_case(run, chance):
     done = f"{damage.__name__} {file.relative_to(run)}"
     signal.alarm(SECONDS)
     try:
-        code, error = command("--out", run, "--resume", "--iterations", 3)
-    except Exception:
+        result = run_here(distill.main, "--out", run, "--resume", "--iterations", 3)
+    except (Exception, Hang):
         return done, traceback.format_exc(limit=-3)
     finally:
         signal.alarm(0)
-    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
+    code, lines = result.returncode, result.stderr.splitlines()
+    sentences = [line for line in lines if line.startswith("error: ")]
     if code not in (0, 2) or (code == 2 and len(sentences) != 1):
-        return done, f"exit code {code}: {error[-500:]}"
+        return done, f"exit code {code}: {result.stderr[-500:]}"
     gone = before - {folder.name for folder in (run / "checkpoints").iterdir()}
     return done, f"gone: {gone}" if code == 2 and gone else None
 
@@ -106,10 +95,11 @@ def main():
         folder = Path(place)
         (folder / "prompts.txt").write_text("a cat\na dog\n")
         whole = folder / "whole"
-        code, error = command(
-            "--teacher", TINY, "--prompts", folder / "prompts.txt", "--out", whole, "--size", 32,
-            "--iterations", 2, "--batch-size", 2, "--fake-updates", 1, "--sample-every", 1)
-        assert code == 0, error
+        result = run_here(
+            distill.main, "--teacher", TINY, "--prompts", folder / "prompts.txt", "--out", whole,
+            "--size", 32, "--iterations", 2, "--batch-size", 2, "--fake-updates", 1,
+            "--sample-every", 1)
+        assert result.returncode == 0, result.stderr
         for case in range(args.cases):
             run = folder / "run"
             shutil.rmtree(run, ignore_errors=True)

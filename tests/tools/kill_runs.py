@@ -1,6 +1,6 @@
 """Kills a run of distill.py again and again, also in the middle of a write, and goes on with it.
 
-    python -m tests.tools.kill_runs --kills 30 --out /tmp/kills
+    python -m tests.tools.kill_runs --kills 30 --out runs/kills
 
 After every kill (SIGKILL at a random moment; every other time while a checkpoint is written) the
 newest checkpoint must be whole and the log must have no line twice, none missing and none half.

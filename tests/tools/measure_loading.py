@@ -46,7 +46,7 @@ LOAD = "nets = [{calls}]\n"
 
 def run(name, code):
     """Runs a case in a process of its own."""
-    imports = "import convert_weights as c"
+    imports = "import hardware, convert_weights as c"
     if "diffusers" in name:
         imports = "from diffusers import ZImagePipeline, ZImageTransformer2DModel"
     command = [sys.executable, "-c", START.format(root=str(ROOT), imports=imports) + code + END]
@@ -75,6 +75,9 @@ def cases(official, comfy, lora, scratch, with_diffusers):
     yield "DiT in one file, ComfyUI's names", LOAD.format(calls=single + ")")
     adapters = f", adapters=[({str(lora)!r}, 1.0)])"
     yield "the same with a LoRA of rank 32 on all blocks", LOAD.format(calls=single + adapters)
+    yield "the same quantized to int8 while it is read", LOAD.format(
+        calls=single.replace(bfloat16, "quantize_layer=lambda *a: hardware.quantize_layer("
+                             "*a, 'int8')") + ")")
     yield "text encoder as float32", LOAD.format(calls=encoder.replace("bfloat16", "float32"))
     yield "DiT to int8 on disk (convert)", (
         f"net = c.open_network('dit', {str(official / 'transformer')!r})\n"

@@ -8,7 +8,6 @@ close enough that weights between theirs make a student, too. Its guidance is th
 and sampling costs no more. The share is how far it lies from --low (0) to --high (1).
 """
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -79,9 +78,9 @@ def main():
         row |= {"share": share, "diversity": evaluate.diversity(student, args.steps, 0.0)}
         figures = " | ".join(f"{row[name]:.3f}" for name in COLUMNS)
         print(f"| {share:g} | {figures} |", flush=True)
-        rows.append(evaluate.without_nan(row))
+        rows.append(row)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        evaluate.write_json(args.json, rows)
 
 
 if __name__ == "__main__":

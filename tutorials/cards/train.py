@@ -13,9 +13,9 @@
 A stage lasts a given time. Its learning rate follows the clock, so that the stage ends with a rate
 near zero on fast and slow machines alike. Stages and checkpoints are kept in --out: the same
 command again goes on where a run was stopped. Every step draws its data and noise from a generator
-seeded by (seed, step), so a stopped run that goes on is the same run. Ctrl-C or SIGTERM saves and
-exports first. `--out`/teacher is the model so far, log.jsonl the log, samples_*.png pictures for
-unseen prompts.
+seeded by (seed, step), so a stopped run that goes on is the same run, unless its loss has risen
+(Guard). Ctrl-C or SIGTERM saves and exports first. `--out`/teacher is the model so far, log.jsonl
+the log, samples_*.png pictures for unseen prompts.
 """
 
 import argparse
