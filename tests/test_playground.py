@@ -6,18 +6,15 @@ The page's own script runs in QuickJS (the package `quickjs`, tutorials/requirem
 
 import json
 import re
-import sys
 
 import pytest
 import torch
 
 from conftest import ROOT
 from distill import cfg_augmentation, distribution_matching, renoise
+from mixture import gaussian_velocity
 
 quickjs = pytest.importorskip("quickjs")
-sys.path.insert(0, str(ROOT / "tutorials"))
-
-from mixture import gaussian_velocity  # noqa: E402
 
 PAGE = (ROOT / "tutorials" / "playground.html").read_text(encoding="utf-8")
 COUNT = 50

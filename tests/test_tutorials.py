@@ -5,20 +5,17 @@ tests/tools/execute_notebooks.py has what reads and runs a page. plot_run.py's t
 
 import json
 import re
-import sys
 
 import pytest
 from PIL import Image
 
+import execute_notebooks as pages
 from conftest import ROOT, refused, run_here
 
 pytest.importorskip("matplotlib")             # tutorials/requirements.txt
 pytest.importorskip("IPython")
-sys.path[:0] = [str(ROOT / "tutorials"), str(ROOT / "tests" / "tools")]
-
-import execute_notebooks as pages  # noqa: E402
-import figures  # noqa: E402
-import plot_run  # noqa: E402
+figures = pytest.importorskip("figures")
+plot_run = pytest.importorskip("plot_run")
 
 NOTEBOOKS = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -1,6 +1,6 @@
 """Damages model files at random, and checks what loading makes of them.
 
-    python tests/tools/fuzz_files.py [--cases 300] [--seed 0]
+    python -m tests.tools.fuzz_files [--cases 300] [--seed 0]
 
 Good: one sentence (UserError), or a network that differs from the original in numbers only, because
 only numbers were damaged. Bad: any other exception, a hang, or other numbers after damage to names,
@@ -24,18 +24,15 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+import torch
+from PIL import Image
+
+import convert_weights
+import formats
+import sampler
+
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import convert_weights  # noqa: E402
-import formats  # noqa: E402
-import sampler  # noqa: E402
-
 DATA = ROOT / "tests" / "data"
 TINY = DATA / "tiny"
 SECONDS = 30                  # for one case; a hang is more

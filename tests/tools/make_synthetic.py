@@ -1,9 +1,9 @@
 """Makes checkpoints of the release's sizes with random numbers: 20 GB in bfloat16.
 
-    python tests/tools/make_synthetic.py DIR                    official layout, shards of 4 GB
-    python tests/tools/make_synthetic.py DIR --layout comfy     one file for each network
-    python tests/tools/make_synthetic.py DIR --sparse           files without content: no disk space
-    python tests/tools/make_synthetic.py DIR --lora 32          DIR/lora.safetensors of rank 32
+    python -m tests.tools.make_synthetic DIR                    official layout, shards of 4 GB
+    python -m tests.tools.make_synthetic DIR --layout comfy     one file for each network
+    python -m tests.tools.make_synthetic DIR --sparse           files without content: no disk space
+    python -m tests.tools.make_synthetic DIR --lora 32          DIR/lora.safetensors of rank 32
 
 The pictures are noise, but names, shapes, types and sizes are those of Z-Image-Turbo in bfloat16.
 """
@@ -12,19 +12,15 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
+import torch
+
+import convert_weights
+import formats
+from convert_weights import NETWORKS
+
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-import torch  # noqa: E402
-
-import convert_weights  # noqa: E402
-import formats  # noqa: E402
-from convert_weights import NETWORKS  # noqa: E402
-
 SHARD = 4e9
 BUFFER = 1 << 26              # random numbers, used again and again
 

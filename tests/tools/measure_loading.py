@@ -58,8 +58,9 @@ def run(name, code):
 def make(folder, *options):
     if not folder.exists():
         start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / "tests/tools/make_synthetic.py", folder, *options],
-                       check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "tests.tools.make_synthetic", folder.absolute(),
+                        *options],
+                       check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         print(f"made {folder} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
