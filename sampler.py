@@ -63,7 +63,7 @@ class Pipeline:
     dit: DiT
     vae: VAE
     shift: float                        # of the time schedule
-    steps: int = 8                      # network evaluations for one image
+    steps: int = 8                      # Euler steps; each is two evaluations with guidance
     guidance: float = 0.0
     size: int = 1024                    # side of a square image in pixels
     trained_steps: int | list | None = None        # what a student was distilled for
