@@ -192,7 +192,7 @@ def forward_functions(ours, theirs, dtype):
 def compare(size, pixels, device, dtype, repeats):
     ours = our_pipeline(size, pixels, device, dtype)
     theirs = diffusers_pipeline(ours, dtype) if HAS_DIFFUSERS else None
-    pixels, steps, vae = ours.size, ours.trained_steps or 8, ours.vae.config
+    pixels, steps, vae = ours.size, ours.steps, ours.vae.config
     parameters = sum(p.numel() for p in ours.dit.parameters())
     print(f"\n**{size}**, DiT of {parameters / 1e6:.3g} M parameters, {pixels}x{pixels}, "
           f"{str(dtype)[6:]}, {device}\n\n| | ours | other | ratio | difference |\n"
