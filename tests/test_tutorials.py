@@ -3,6 +3,7 @@
 tests/tools/execute_notebooks.py has what reads and runs a page. plot_run.py's tests are below.
 """
 
+import importlib
 import json
 import re
 
@@ -14,8 +15,8 @@ from conftest import ROOT, refused, run_here
 
 pytest.importorskip("matplotlib")             # tutorials/requirements.txt
 pytest.importorskip("IPython")
-figures = pytest.importorskip("figures")
-plot_run = pytest.importorskip("plot_run")
+figures = importlib.import_module("figures")
+plot_run = importlib.import_module("plot_run")
 
 NOTEBOOKS = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
 

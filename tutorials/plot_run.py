@@ -4,7 +4,7 @@
     python tutorials/plot_run.py runs/good runs/bad                   side by side: runs/runs.png
 
 All of it is read from log.jsonl and samples/ of the run. With several runs each has a column, and
-rows share an axis. tutorials/from_laptop_to_cluster.md says what to watch.
+rows share an axis. tutorials/how_to_read_a_run.md says what to look for.
 """
 
 import argparse
