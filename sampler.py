@@ -515,7 +515,7 @@ def read_prompts(path):
 
 
 def read_image(path):
-    """A picture file -> RGB: upright, on white where transparent, 16-bit greys kept."""
+    """A picture file -> RGB: upright, on white where transparent, 16-bit grays kept."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # of very large pictures

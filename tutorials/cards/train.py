@@ -1,8 +1,11 @@
 """Trains the model of this folder from nothing: first the VAE, then text encoder and DiT.
 
     python tutorials/cards/train.py --out runs/cards --workers 2     2 1/2 hours on 2 CPU cores
-    python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on one H100
+    python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on a GPU
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
+
+The bundled teacher learned longer, for 230 minutes. results.md has its command. It also describes
+two runs on a GPU; both failed, so the command for CUDA has no good run behind it yet.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
