@@ -458,7 +458,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
     changes: see Run.
     """
     run = Run(pipeline, prompts, settings, args, **changes)
-    p, began, student = run.progress, time.perf_counter() - run.progress.seconds, run.student()
+    p, began, student = run.progress, time.perf_counter() - run.progress.seconds, None
     bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
                disable=run.processes.rank > 0)
     # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
@@ -482,7 +482,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
                     callback(p.done, student)
             run.end_if_asked(stop.number)
     pipeline.text_encoder.to(pipeline.device)  # back from where a FeatureCache has left it
-    return student
+    return student or run.student()
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -582,6 +582,7 @@ def resumed_arguments(args, given):
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{out}/config.json is damaged: it has no list of arguments")
     before, args = parse_arguments(words), parse_arguments([*words, *given])
+    args.teacher = args.teacher and str(formats.located(args.teacher))
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != getattr(before, name):
             raise UserError(
@@ -589,8 +590,7 @@ def resumed_arguments(args, given):
                 f"{value}; leave it out to go on, or begin a run in another --out")
     for name in ("teacher", "prompts"):
         if not Path(getattr(args, name) or out).exists():
-            raise UserError(f"--resume: {getattr(args, name)} is gone; if it has moved, give its "
-                            f"new place as --{name}")
+            raise UserError(f"--resume: {getattr(args, name)} is gone; if moved, give --{name}")
     if config.get("fingerprints") != fingerprints(args):
         raise UserError(f"--resume: the teacher or the prompts of {out} are others now; name those "
                         "of the run, wherever they are, or begin a run in another --out")

@@ -260,6 +260,8 @@ class BlockStream:
 
     def before(self, i, *_):
         if i not in self.loaded:              # the first block
+            if self.stream:                   # its memory may be the last block's, still computed
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
             self.load(i)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)

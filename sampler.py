@@ -233,9 +233,9 @@ def recommended_times(pipeline, steps=None, shift=None):
     """time_schedule with what the checkpoint recommends, and a warning for a distilled student."""
     steps = setting(steps, pipeline.steps)
     trained = pipeline.trained_steps or steps
-    if steps not in (trained if isinstance(trained, (list, tuple)) else [trained]):
-        warnings.warn(f"this model was distilled for {trained} steps; fewer steps than that give "
-                      f"worse images, more give similar ones", stacklevel=2)
+    numbers = trained if isinstance(trained, (list, tuple)) else [trained]
+    if not min(numbers) <= steps <= max(numbers):
+        warnings.warn(f"distilled for {trained} steps: fewer are worse, more no help", stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 

@@ -167,6 +167,8 @@ class Processes(TorchFunctionMode):
         super().__init__()
         self.device = device
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and device.type == "cuda":
+            torch.cuda.set_device(device)     # fully_shard and nccl take the current device
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -317,18 +319,19 @@ class PromptFile:
 class FeatureCache:
     """The text features of all prompts in safetensors files, encoded once.
 
-    `key` says of which teacher and prompts; a cache of others is refused.
+    `key` tells teacher and prompts from others. A cache of others, or of another dtype, is refused.
     """
     SIZE = 256                   # prompts a file
 
     def __init__(self, folder, pipeline, prompts, key, processes):
         self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
+        key = [*key, str(next(pipeline.text_encoder.parameters()).dtype)]
         if processes.rank == 0 and not note.exists():
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
         if convert_weights.read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} is of another teacher or prompt file; "
-                            "name another directory")
+            raise UserError(f"--cache-features: {folder} is of another teacher, prompt file or "
+                            "--dtype; name another directory")
         starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
         for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
             items = range(start, min(start + self.SIZE, len(prompts)))

@@ -1,5 +1,6 @@
 """Shared by all tests: the tiny random checkpoint, the reference cases, ways to run a command."""
 
+import gc
 import io
 import json
 import os
@@ -92,6 +93,8 @@ def run_here(main, *arguments):
             code = 0
         except SystemExit as stop:
             code = stop.code
+        finally:
+            gc.unfreeze()                     # run_command has frozen what the tests have made
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -17,6 +17,7 @@ import painting
 import reader
 import sampler
 import world
+from conftest import refused, run_here
 
 COUNT = 48
 
@@ -425,3 +426,9 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
     empty.write_text("\n\n")
     assert run(monkeypatch, "--model", "x", "--prompts", empty) == 2
     assert "empty.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--steps", 3000000000), ("--steps", 0), ("--guidance", "nan"), ("--seed", -1), ("--count", 0)])
+def test_numbers_out_of_range_are_refused(option, value):
+    assert refused(run_here(evaluate.main, option, value), option)

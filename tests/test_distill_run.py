@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import distill
+import formats
 import sampler
 import scale
 from conftest import TINY, Recorder, refused, run_here
@@ -281,6 +282,12 @@ def test_teacher_and_prompts_may_lie_elsewhere(finished, tmp_path):
     result = finished.resume("--iterations", 3, "--prompts", moved, "--teacher", teacher)
     assert result.returncode == 0, result.stderr
     assert finished.resume("--iterations", 4).returncode == 0       # it remembers the new place
+
+
+def test_a_run_goes_on_with_its_teacher_from_the_hub(finished, monkeypatch):
+    monkeypatch.setattr(formats, "download", lambda name, named: TINY)
+    result = finished.resume("--iterations", 3, "--teacher", "tiny/model")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", ["teacher", "prompts"])

@@ -325,6 +325,10 @@ def test_a_student_warns_of_other_steps(pipeline, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler.recommended_times(pipeline, 4)
+        monkeypatch.setattr(pipeline, "trained_steps", [4, 1, 8])
+        sampler.recommended_times(pipeline, 3)         # between those that it was made for
+    with pytest.warns(UserWarning, match="distilled for"):
+        sampler.recommended_times(pipeline, 9)
 
 
 def test_errors_pass_through(pipeline, monkeypatch):

@@ -14,7 +14,6 @@ Every figure is given again for `unseen_words` (the word is held out of training
 `open` (place, card or ink is left to the model) and `given` (everything is named).
 """
 
-import argparse
 import json
 import os
 import sys
@@ -33,7 +32,7 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import reader  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import UserError, run_command  # noqa: E402
+from convert_weights import Parser, UserError, number, run_command  # noqa: E402
 
 GROUPS = ("unseen_words", "en", "zh", "open", "given")
 FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
@@ -247,27 +246,19 @@ def diversity(pipeline, steps, guidance, seed=1):
 # --- Command line -------------------------------------------------------------------------------
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1, not {value}")
-    return value
-
-
 def arguments():
-    parser = argparse.ArgumentParser(
-        description="Score cards checkpoints; print a markdown table.", allow_abbrev=False)
+    parser = Parser(description="Score cards checkpoints; print a markdown table.")
     folders = [os.path.join(HERE, name) for name in ("teacher", "student")]
     bundled = [folder for folder in folders if os.path.exists(folder)]
     parser.add_argument("--model", nargs="+", default=bundled, metavar="DIR",
                         help="one or several checkpoint folders (default: the bundled ones)")
-    parser.add_argument("--steps", type=positive, nargs="+", metavar="N",
+    parser.add_argument("--steps", type=number(1, 1000, int), nargs="+", metavar="N",
                         help="one or several numbers of steps (default: the checkpoint's)")
-    parser.add_argument("--guidance", type=float, nargs="+", metavar="G",
+    parser.add_argument("--guidance", type=number(-100, 100), nargs="+", metavar="G",
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
-    parser.add_argument("--count", type=positive, default=200, metavar="K",
+    parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
                         help="number of prompts (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S",
+    parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
                         help="of the noise, and of the prompts without a file (default: 0)")
     parser.add_argument("--prompts", metavar="FILE",
                         help="one prompt a line; the first K (default: K held-out prompts)")
