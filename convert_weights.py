@@ -178,7 +178,7 @@ class Piece(NamedTuple):
     needed: bool      # by our network
 
 
-class Network(NamedTuple):
+class StoredNetwork(NamedTuple):
     """A network on disk, its names and shapes checked. None of its numbers is read yet."""
     kind: str         # "text_encoder", "dit" or "vae"
     config: object
@@ -220,7 +220,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
          quantize_layer=None):
     """A network from disk, in eval mode.
 
-    path: the folder of an official component, a directory in our layout, a file, or a Network.
+    path: the folder of an official component, a directory in our layout, a file, a StoredNetwork.
     dtype: of all weights; None: the one that most of them are stored in.
     like: a folder whose config.json holds for files that have none (None: the release's values).
     adapters: (file, strength) pairs: LoRA, LoKr, LoHa for a DiT, merged into its weights.
@@ -275,7 +275,7 @@ def build(kind, config):
 
 
 def bind_stored(network, module, keep, adapters, device):
-    """Binds the layers that `keep` wants as they are stored -> the Network of what is left to load.
+    """Binds the layers that `keep` wants as they are stored -> the rest, to be loaded.
 
     A layer that an adapter changes has to be dequantized.
     """
@@ -303,11 +303,11 @@ def common_dtype(network):
 
 
 def open_network(kind, path, like=None):
-    """Finds a network on disk, and checks every name and shape -> Network.
+    """Finds a network on disk, and checks every name and shape -> StoredNetwork.
 
     UserError says what is missing, unexpected or of the wrong shape.
     """
-    if isinstance(path, Network):
+    if isinstance(path, StoredNetwork):
         return path
     files, config = formats.component_files(kind, Path(path))
     tensors, metadata = formats.open_files(files)
@@ -325,7 +325,7 @@ def open_network(kind, path, like=None):
                 used.add(name)
                 break
     check_pieces(path, expected, pieces, stored.keys() - used)
-    return Network(kind, config, pieces, Path(path), metadata)
+    return StoredNetwork(kind, config, pieces, Path(path), metadata)
 
 
 def check_pieces(path, expected, pieces, unexpected):
@@ -371,7 +371,7 @@ RELEASE, RELEASE_SHIFT = "Tongyi-MAI/Z-Image-Turbo", 3.0
 
 class Checkpoint(NamedTuple):
     """All parts of a model on disk, checked each and against each other."""
-    networks: dict        # "dit", "text_encoder", "vae" -> Network, for load_dit and so on
+    networks: dict        # "dit", "text_encoder", "vae" -> StoredNetwork, for load_dit and so on
     tokenizer: Tokenizer
     settings: dict        # "shift"; where known "steps", "guidance", "size", "trained_steps"
     shift_assumed: bool   # no file says the schedule's shift
@@ -726,7 +726,7 @@ def new_directory(path, replace=False):
     """A directory to write in; its files come to lie in `path` when the block ends well.
 
     `path` must be new or empty. With `replace` it may hold files; those of the same names are
-    replaced, one after the other. After an error all is as it was.
+    replaced at the end, one after the other. After an error in the block all is as it was.
     """
     path = Path(path)
     taken = path.exists() and (not path.is_dir() or any(

@@ -1,6 +1,6 @@
 """Decoupled DMD: distils a many-step teacher into a few-step student, from prompts alone.
 
-    python distill.py                                            the bundled teacher, on a laptop
+    python distill.py                                            the bundled teacher, in 30 minutes
     python distill.py --teacher DIR --prompts FILE --out DIR     any other teacher
 
 "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield" (2511.22677).
@@ -18,9 +18,10 @@ there say where to push x. The push has two terms, each with its own tau and noi
 Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-  - z_t comes from the Euler steps of sampler.py. The paper leaves open how z_t is made.
-  - Each term is divided by mean |x - x_hat(teacher, text)| of its item, and the loss weight
-    lambda is 1. The paper names no normalizer and no lambda.
+Where the paper says nothing: z_t comes from the Euler steps of sampler.py, and a batch has one step.
+Each term is divided by mean |x - x_hat(teacher, text)| of its item. The loss weight lambda is 1. The
+fake learns five times as fast as the student, without momentum, twice in an iteration. The student
+is a running average of the trained weights.
 """
 
 import json
@@ -158,7 +159,7 @@ def backward_simulation(student, noise, text, times, step):
 class Settings:
     """Numbers and choices of one iteration."""
     steps: int = 4               # of the student's schedule
-    alpha: float = 2.0           # guidance scale of the spear; 1 is none
+    alpha: float = 4.0           # guidance scale of the spear; 1 is none
     schedule: str = "hybrid"     # of the re-noising times, a key of SCHEDULES
     fake_schedule: str = "full"  # of the fake's times: all of 0 to 1 before the shift (paper)
     shift: float = 3.0           # of the student's times and of every re-noising time
@@ -282,7 +283,6 @@ class Run:
     def __init__(self, pipeline, prompts, settings, args, adjust=None, **parts):
         self.pipeline, self.prompts, self.settings, self.args = pipeline, prompts, settings, args
         self.out, self.processes = Path(args.out), scale.Processes(pipeline.device)
-        self.draws = self.processes if self.processes.count > 1 else nullcontext()
         self.null_text = encode_prompts(pipeline, [""])
         first = range(min(16, len(prompts)))
         self.shown = [self.encode(first[i:i + args.batch_size]) for i in first[::args.batch_size]]
@@ -335,7 +335,7 @@ class Run:
         """step(nets, *arguments) -> its metrics; None if a gradient is not finite, which counts."""
         p = self.progress
         try:
-            with self.draws:
+            with self.processes.shared_draws():
                 metrics = step(self.nets, *arguments)
         except FloatingPointError:
             p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
@@ -375,7 +375,7 @@ class Run:
             latents += sample(net, noise, text, times, guidance, self.null_text)
         return torch.stack(latents)
 
-    def student(self):
+    def averaged_student(self):
         """The averaged student as a Pipeline. All processes have to call this."""
         steps = self.args.steps
         return replace(self.pipeline, dit=self.learners.plain(), shift=self.settings.shift,
@@ -385,7 +385,7 @@ class Run:
     def save(self):
         """samples/, student/, then the checkpoint; each is written beside its place and renamed."""
         latents = self.sample(self.averaged, time_schedule(self.args.steps[0], self.settings.shift))
-        student, p = self.student(), self.progress
+        student, p = self.averaged_student(), self.progress
         if self.processes.rank == 0:
             images = sampler.decode(student, latents)
             p.saturation = float((images.amax(1) - images.amin(1)).mean())
@@ -482,7 +482,7 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
                     callback(p.done, student)
             run.end_if_asked(stop.number)
     pipeline.text_encoder.to(pipeline.device)  # back from where a FeatureCache has left it
-    return student or run.student()
+    return student or run.averaged_student()
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -506,12 +506,12 @@ def parse_arguments(arguments=None):
             ("teacher", absolute, None, "DIR", "an undistilled model (default: the bundled one)"),
             ("prompts", absolute, None, "FILE", "one prompt a line (default: the bundled ones)"),
             ("out", str, "runs/distil", "DIR", "directory of the run"),
-            ("steps", step_numbers, [some.steps], "N[,N...]", "of the student; of several numbers "
-             "one is drawn in each iteration, and the first is its default for sampling"),
+            ("steps", step_numbers, "4,1,2,8", "N[,N...]", "of the student; of several numbers one "
+             "is drawn in each iteration, and the first is its default for sampling"),
             ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
             ("shift", number(above=0, high=1e3), None, "S", "of times (default: the teacher's)"),
             ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
-            ("iterations", whole(1, 10 ** 8), 400, "N", "updates of the student"),
+            ("iterations", whole(1, 10 ** 8), 300, "N", "updates of the student"),
             ("batch-size", whole(1, 10 ** 5), 16, "N", "of all processes together"),
             ("fake-updates", whole(1, 1000), some.fake_updates, "N", "for one of the student"),
             ("warmup", whole(0, 10 ** 8), 0, "N", "iterations of the fake alone before the first"),

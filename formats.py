@@ -339,7 +339,7 @@ def with_format(stored, options):
     guess = guess.get(stored.number_type, "float8_e4m3fn")
     form = str(options.get("format", stored.format if stored.scales[0] is None else guess))
     group = options.get("convrot_groupsize", ROTATED) if options.get("convrot") else 0
-    if not is_read(stored, form, group):
+    if not fits_format(stored, form, group):
         raise UserError(f"{stored.file}: {stored.name} is of type {stored.number_type} and shape "
                         f"{list(stored.shape)} in the format {form!r} with "
                         f"{describe_scales(stored)}, which this project does not read; {ADVICE}")
@@ -352,7 +352,7 @@ def describe_scales(stored):
     return f"scales {' and '.join(given)}" if given else "no scales"
 
 
-def is_read(stored, form, group):
+def fits_format(stored, form, group):
     """Whether type, shape, scales and group of a tensor are those of its format."""
     scales = [scale for scale in stored.scales if scale is not None]
     allowed = SCALE_TYPES.get(form, (PLAIN[:4],))

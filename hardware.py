@@ -6,8 +6,8 @@
     TakeTurns          of several networks only the one that computes is on the device
     stream_blocks      of a network only the block that computes, and the next one
 
-They are applied in this order, then dit.compile(). None is needed. A layer gets another class that
-keeps its tensors; hooks decide where the tensors lie.
+None is needed. Those that are wanted are applied in this order, and dit.compile() last. A layer
+gets another class that keeps its tensors; hooks decide where the tensors lie.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def has_products(dtype, device):
     return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
 
 
-def lacks_int8(checkpoint, device, weights, dtype_is_given):
+def bfloat16_replaces_int8(checkpoint, device, weights, dtype_is_given):
     """Whether bfloat16 takes the place of int8, with a warning where int8 products are missing.
 
     That is so on a CPU that has bfloat16 products and no int8 ones.

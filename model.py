@@ -260,8 +260,8 @@ def joint_positions(lengths, m, h, w):
 def joint_mask(lengths, n, m):
     """True where a token may be attended to: (B, 1, 1, n + m), or None if all may be.
 
-    A caption is padded to a multiple of 32 with a learned token, and the network attends to this
-    padding: it was trained so. Shorter captions of a batch are padded further to the longest one.
+    Captions and images are padded to multiples of 32 with learned tokens, and the network attends
+    to these: it was trained so. Shorter captions of a batch are padded further to the longest one.
     The network must not see this second padding, so it is masked.
 
     Fast attention kernels take no mask, so it is left out where no item needs one. Testing for

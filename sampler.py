@@ -595,7 +595,7 @@ def build(args, device, dtype):
     if args.shift:
         checkpoint = checkpoint._replace(shift_assumed=False)
     keep = {args.weights, "int8"} - {None}
-    if hardware.lacks_int8(checkpoint, device, args.weights, "dtype" in args.given):
+    if hardware.bfloat16_replaces_int8(checkpoint, device, args.weights, "dtype" in args.given):
         args.dtype, dtype, keep = "bfloat16", torch.bfloat16, keep - {"int8"}
         args.weights = None if args.weights == "int8" else args.weights
     check_memory(args, device, dtype, checkpoint, keep)

@@ -5,7 +5,7 @@ training_step knows nothing of this file. Each part is applied to built networks
     AutocastNet              matrix products in bfloat16, a batch in pieces
     checkpoint_activations   less memory for the backward pass
     Adapters                 student and fake as low-rank adapters of one frozen teacher (LoRA)
-    Processes                several processes, weights in shards (torchrun, fully_shard)
+    Processes, SharedDraws   several processes, weights in shards (torchrun, fully_shard)
     PromptFile, FeatureCache prompts of any number, encoded once
     save_checkpoint          a run that is killed goes on where it was
 
@@ -156,15 +156,10 @@ class Adapters:
         write_whole(path, partial(save_file, tensors))
 
 
-class Processes(TorchFunctionMode):
-    """The processes of torchrun, of which each takes its share of every batch. Usually one.
-
-    As a context: torch.rand(..., B) and torch.randn((B, ...)) draw the whole batch and return
-    this process's share. So random numbers belong to an item of the batch, not to a process.
-    """
+class Processes:
+    """The processes of torchrun, of which each takes its share of every batch. Usually one."""
 
     def __init__(self, device):
-        super().__init__()
         self.device = device
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.count > 1 and device.type == "cuda":
@@ -173,15 +168,11 @@ class Processes(TorchFunctionMode):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def share(self, x):
+        """This process's part of a batch (B, ...)."""
         return x.chunk(self.count)[self.rank]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.rand:
-            draws = function(*args[:-1], args[-1] * self.count, **kwargs)
-            return self.share(draws.movedim(-1, 0)).movedim(0, -1)
-        if function is torch.randn:
-            return self.share(function(args[0][0] * self.count, *args[0][1:], **kwargs))
-        return function(*args, **(kwargs or {}))
+    def shared_draws(self):
+        return SharedDraws(self) if self.count > 1 else nullcontext()
 
     def mean(self, metrics):
         """{name: number}, averaged over processes."""
@@ -220,6 +211,27 @@ class Processes(TorchFunctionMode):
         policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
         for part in (*blocks_of(dit), dit):
             fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
+
+
+class SharedDraws(TorchFunctionMode):
+    """As a context: random numbers belong to an item of the batch, not to a process.
+
+    In it, torch.rand(..., B) and torch.randn((B, ...)) draw for the batch of all processes and
+    return this process's share. So the functions of distill.py need not know of processes.
+    """
+
+    def __init__(self, processes):
+        super().__init__()
+        self.processes = processes
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        count, share = self.processes.count, self.processes.share
+        if function is torch.rand:
+            draws = function(*args[:-1], args[-1] * count, **kwargs)
+            return share(draws.movedim(-1, 0)).movedim(0, -1)
+        if function is torch.randn:
+            return share(function(args[0][0] * count, *args[0][1:], **kwargs))
+        return function(*args, **(kwargs or {}))
 
 
 # --- What a run trains ----------------------------------------------------------------------------
@@ -363,8 +375,8 @@ class Progress:
     """Where a run stands: what a checkpoint holds beside tensors."""
     warmed: int = 0          # iterations of the warm-up
     done: int = 0            # iterations of the student
-    skipped: int = 0         # of them, those whose gradient was not finite
-    in_a_row: int = 0        # of those, the newest without another between them
+    skipped: int = 0         # iterations whose gradient was not finite
+    in_a_row: int = 0        # skipped ones since the last good iteration
     seconds: float = 0.0
     saturation: float = 0.0  # of the newest sample pictures
     recent: list = field(default_factory=list)     # metrics since the last line of the log

@@ -27,7 +27,7 @@ class Command:
     def __call__(self, *arguments):
         return run_here(
             distill.main, "--teacher", TINY, "--prompts", self.prompts, "--out", self.out,
-            "--size", 32, "--iterations", 2, "--batch-size", 2, "--fake-updates", 1,
+            "--size", 32, "--steps", 4, "--iterations", 2, "--batch-size", 2, "--fake-updates", 1,
             "--log-every", 1, *arguments)
 
     def resume(self, *arguments):
@@ -139,9 +139,10 @@ def test_rates_rise_and_fall(command):
         [1e-7 * i / distill.RAMP for i in (1, 2, 3)])
     assert command.log()[0]["fake_lr"] == 3e-8
     args = distill.parse_arguments([])
-    assert distill.learning_rate(390, args) == pytest.approx(2e-4 * 10 / 400)
+    assert args.iterations == 300 and args.steps == [4, 1, 2, 8]
+    assert distill.learning_rate(290, args) == pytest.approx(2e-4 * 10 / 300)
     args.constant_rate = True
-    assert distill.learning_rate(390, args) == 2e-4
+    assert distill.learning_rate(290, args) == 2e-4
 
 
 def test_the_student_is_the_average_of_its_weights(command):
@@ -270,7 +271,7 @@ def test_a_finished_run_can_be_made_longer(finished):
 
 
 def test_another_run_is_refused(finished):
-    assert refused(finished.resume("--alpha", 3), "--alpha", "2.0", "3.0")
+    assert refused(finished.resume("--alpha", 3), "--alpha", "4.0", "3.0")
     assert refused(finished.resume("--steps", "1,2"), "--steps")
     finished.prompts.write_text("other prompts\n", encoding="utf-8")
     assert refused(finished.resume(), "prompts")

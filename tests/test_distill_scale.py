@@ -280,7 +280,7 @@ def torchrun(command, *options, wait=True):
 
 def options_of(command, *more):
     return ["--teacher", TINY, "--prompts", command.prompts, "--out", command.out, "--size", 32,
-            "--batch-size", 2, "--fake-updates", 1, "--log-every", 1, *more]
+            "--steps", 4, "--batch-size", 2, "--fake-updates", 1, "--log-every", 1, *more]
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_draws_belong_to_the_item_not_to_the_process():
         processes = scale.Processes(CPU)
         processes.rank, processes.count = rank, 2
         g = torch.Generator().manual_seed(0)
-        with processes:
+        with processes.shared_draws():
             shares.append((torch.rand(2, 3, generator=g), torch.randn((3, 4), generator=g)))
     g = torch.Generator().manual_seed(0)
     assert torch.equal(torch.cat([u for u, _ in shares], 1), torch.rand(2, 6, generator=g))

@@ -1,6 +1,7 @@
 """tutorials/cards/sweep.py: its variants are commands of distill.py; results and tables."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -32,8 +33,22 @@ def result(name, seed, steps=4, **figures):
 def test_the_table_has_means_and_half_ranges():
     results = [result("4 steps", seed, joint=joint) for seed, joint in enumerate((0.8, 0.9, 0.94))]
     lines = sweep.table([*results, result("1 step", 0, steps=1)]).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| 1 step | 1 | 1 | 0.500 (0.000) | 0.250")
+    assert len(lines) == 4 and lines[2].startswith("| 1 step | 1 | 1 | 0.500 (0.000) |  |  | 0.250")
     assert lines[3].startswith("| 4 steps | 4 | 3 | 0.880 (0.070) |")
+
+
+def test_a_variant_is_trained_and_scored(tmp_path):
+    job = Namespace(out=str(tmp_path), held_out=sweep.HERE / "prompts_heldout.txt", count=3,
+                    watch=2, score_steps=[1, 2], keep=False)
+    options = ["--iterations", "2", "--batch-size", "1", "--sample-every", "1"]
+    first, second = sweep.run_variant("CA alone", 5, options, job)
+    assert (first["steps"], second["steps"], second["seed"]) == (1, 2, 5)
+    assert first["log"]["dm_rms"] == 0 < first["log"]["ca_rms"]          # without a shield
+    score = second["score"]
+    assert score["best_at"] in (1, 2) and 0 <= score["best"] <= 1 and 0 <= score["joint"] <= 1
+    assert 0.5 < score["latent_std"] < 2 and score["megabytes"] > 5
+    folder = tmp_path / "CA_alone-5"
+    assert (folder / "log.jsonl").exists() and not (folder / "student").exists()
 
 
 class DoneNow:

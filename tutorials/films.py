@@ -81,7 +81,8 @@ def run_cards(name, options):
     return out
 
 
-COLLAPSE = "--alpha 4 --constant-rate --iterations 160 --batch-size 8 --sample-every 20 --keep 1"
+COLLAPSE = ("--steps 4 --alpha 4 --constant-rate --iterations 160 --batch-size 8 --sample-every 20 "
+            "--keep 1")
 CARD_RUNS = {"CA alone": f"{COLLAPSE} --no-dm", "CA + DM": COLLAPSE}
 
 

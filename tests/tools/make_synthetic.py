@@ -51,7 +51,7 @@ def plans(kind, layout):
     config = NETWORKS[kind][1]()
     dtype = torch.float32 if kind == "vae" else torch.bfloat16
     expected = convert_weights.expected_tensors(kind, config)
-    network = convert_weights.Network(kind, config, {
+    network = convert_weights.StoredNetwork(kind, config, {
         name: convert_weights.Piece(formats.Stored(None, name, "F32", shape, 0, 0), 0, *rest)
         for name, (ours, shape, needed) in expected.items() for rest in [(shape, ours, needed)]},
         None, {})

@@ -98,7 +98,8 @@ def reworded(text, rng):
 
 
 def article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
+    vowel = words[0] in "aeiou" and not words.startswith("uni")      # a unicorn
+    return ("an " if vowel else "a ") + words
 
 
 def join(*parts):

@@ -5,9 +5,11 @@
     python tutorials/cards/sweep.py --list                               the variants
 
 Options of distill.py may follow, for every run: --iterations 300 --batch-size 32 --device cuda.
+Without them a run is the bundled student's, but for two steps if the variant names no number.
 Each student is scored by evaluate.py's functions on held-out prompts, at one or several numbers of
 steps. --out/results.jsonl has a line for each variant, seed and number of steps. The table has the
-mean over seeds, and in brackets half the distance between the lowest and the highest seed.
+mean over seeds, and in brackets half the distance between the lowest and the highest seed. "Best"
+is the best of all checkpoints (--sample-every), each scored on a part of the prompts (--watch).
 """
 
 import argparse
@@ -132,9 +134,28 @@ def renoised_states(pipeline, args):
 
 # --- The variants -------------------------------------------------------------------------------
 
-STRONG = ["--alpha", "4"]        # a spear that is hard to hold shows the difference of shields
-FULL = [*STRONG, "--schedule", "full"]
+FULL = ["--schedule", "full"]
+SLOW = ["--fake-lr", "1e-4", "--fake-updates", "1"]
+LORA = ["--lr", "1e-3", "--fake-lr", "4e-3"]
 VARIANTS = {
+    "CA + DM": ([], nothing),                # what all others differ from, in one thing each
+    # CA is the engine, and needs a shield.
+    "DM alone": (["--alpha", "1"], nothing),
+    "CA alone": (["--no-dm"], nothing),
+    "CA + mean/variance": (["--no-dm"], mean_variance),
+    "CA + GAN": (["--no-dm"], gan),
+    "alpha 2": (["--alpha", "2"], nothing),
+    "alpha 3": (["--alpha", "3"], nothing),
+    "alpha 6": (["--alpha", "6"], nothing),
+    "CA alone, constant rate": (["--no-dm", "--constant-rate"], nothing),
+    "CA + DM, constant rate": (["--constant-rate"], nothing),
+    # Where to renoise.
+    "coupled": (["--schedule", "coupled"], nothing),
+    "full": (FULL, nothing),
+    "constrained": (["--schedule", "constrained"], nothing),
+    "CA at tau 0 to .3": (FULL, partial(ca_between, 0.0, 0.3)),
+    "CA at tau .3 to .7": (FULL, partial(ca_between, 0.3, 0.7)),
+    "CA at tau .7 to 1": (FULL, partial(ca_between, 0.7, 1.0)),
     # The student for one number of steps, and for any.
     "1 step": (["--steps", "1"], nothing),
     "2 steps": (["--steps", "2"], nothing),
@@ -144,45 +165,34 @@ VARIANTS = {
     "1 step, step-aware fake": (["--steps", "1"], step_aware),
     "2 steps, step-aware fake": (["--steps", "2"], step_aware),
     "any number, step-aware fake": (["--steps", "4,1,2,8"], step_aware),
-    # CA is the engine, and needs a shield.
-    "DM alone": (["--alpha", "1"], nothing),
-    "CA + DM, alpha 3": (["--alpha", "3"], nothing),
-    "CA + DM, alpha 4": (STRONG, nothing),
-    "CA + DM, alpha 6": (["--alpha", "6"], nothing),
-    "CA alone, alpha 4": ([*STRONG, "--no-dm"], nothing),
-    "CA alone, alpha 4, constant rate": ([*STRONG, "--no-dm", "--constant-rate"], nothing),
-    "CA + DM, alpha 4, constant rate": ([*STRONG, "--constant-rate"], nothing),
-    "CA + mean/variance, alpha 4": ([*STRONG, "--no-dm"], mean_variance),
-    "CA + GAN, alpha 4": ([*STRONG, "--no-dm"], gan),
-    # Where to renoise.
-    "coupled, alpha 4": ([*STRONG, "--schedule", "coupled"], nothing),
-    "full, alpha 4": (FULL, nothing),
-    "constrained, alpha 4": ([*STRONG, "--schedule", "constrained"], nothing),
-    "CA at tau 0 to .3": (FULL, partial(ca_between, 0.0, 0.3)),
-    "CA at tau .3 to .7": (FULL, partial(ca_between, 0.3, 0.7)),
-    "CA at tau .7 to 1": (FULL, partial(ca_between, 0.7, 1.0)),
     # Differences from the paper, and the fake that has to keep up.
     "1 fake update": (["--fake-updates", "1"], nothing),
     "5 fake updates": (["--fake-updates", "5"], nothing),
     "follow .05": (["--follow", "0.05"], nothing),
-    "slow fake, alpha 4": ([*STRONG, "--fake-lr", "1e-4", "--fake-updates", "1"], nothing),
-    "slow fake, alpha 4, follow .05": (
-        [*STRONG, "--fake-lr", "1e-4", "--fake-updates", "1", "--follow", "0.05"], nothing),
+    "slow fake": (SLOW, nothing),
+    "slow fake, follow .05": ([*SLOW, "--follow", "0.05"], nothing),
     "fake in data space": ([], data_space),
     "fake on new images": ([], fresh_images),
     "terms not normalized": (["--no-normalize"], nothing),
     "states noised again": ([], renoised_states),
     # Adapters against whole networks.
-    "LoRA 4": (["--lora", "4", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
-    "LoRA 16": (["--lora", "16", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
-    "LoRA 64": (["--lora", "64", "--lr", "1e-3", "--fake-lr", "4e-3"], nothing),
+    "LoRA 4": (["--lora", "4", *LORA], nothing),
+    "LoRA 16": (["--lora", "16", *LORA], nothing),
+    "LoRA 64": (["--lora", "64", *LORA], nothing),
 }
-COLUMNS = {"joint": "joint", "open": "open", "given": "given", "word": "word", "strict": "strict",
+COLUMNS = {"joint": "joint", "best": "best", "best_at": "best at", "open": "open",
+           "given": "given", "word": "word", "strict": "strict",
            "frechet": "Frechet", "std_ratio": "std ratio", "latent_std": "latent std",
            "minutes": "minutes", "megabytes": "MB"}
 
 
 # --- One run ------------------------------------------------------------------------------------
+
+
+def joint_accuracy(student, prompts, steps):
+    """Share of the prompts whose picture shows all that they name."""
+    images = evaluate.sample_images(student, prompts, steps, 0.0)
+    return evaluate.score(images, prompts, workers=1)["joint"]
 
 
 def run_variant(name, seed, options, job):
@@ -197,18 +207,27 @@ def run_variant(name, seed, options, job):
     folder.mkdir(parents=True)
     own, changes = VARIANTS[name]
     args = distill.parse_arguments(
-        ["--sample-every", "1000000", *options, *own, "--seed", str(seed), "--out", str(folder)])
+        ["--steps", "2", "--sample-every", "50", *options, *own, "--seed", str(seed),
+         "--out", str(folder)])
     device = sampler.find_device(args.device)
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipeline = sampler.load_pipeline(args.teacher or distill.BUNDLED / "teacher", device)
     settings = distill.make_settings(args, pipeline)
     prompts = scale.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
-    student = distill.train(pipeline, prompts, settings, args, **changes(pipeline, args))
+    held_out = sampler.read_prompts(job.held_out)[:job.count]
+    checkpoints = {}
+
+    def watch(iteration, student):
+        checkpoints[iteration] = joint_accuracy(student, held_out[:job.watch], args.steps[0])
+
+    student = distill.train(pipeline, prompts, settings, args, callback=watch,
+                            **changes(pipeline, args))
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     adapters, whole = folder / "lora.safetensors", folder / "student" / "dit.safetensors"
+    best_at = max(checkpoints, key=checkpoints.get)
     about = {"minutes": json.loads(log[-1])["seconds"] / 60,
+             "best": checkpoints[best_at], "best_at": best_at,
              "megabytes": (adapters if adapters.exists() else whole).stat().st_size / 1e6}
-    held_out = sampler.read_prompts(job.held_out)[:job.count]
     results, real = [], evaluate.drawings(held_out, 1)
     for steps in job.score_steps or sorted(set(args.steps)):
         latents = evaluate.sample_latents(student, held_out, steps, 0.0)
@@ -248,8 +267,12 @@ def table(results):
             cells = []
             for column in COLUMNS:
                 values = [v for score in same if (v := figure(score, column)) is not None]
-                spread = (max(values) - min(values)) / 2 if values else 0
-                cells.append(f"{sum(values) / len(values):.3f} ({spread:.3f})" if values else "")
+                if not values:
+                    cells.append("")
+                    continue
+                mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+                digits = 3 if mean < 10 else 0
+                cells.append(f"{mean:.{digits}f} ({spread:.{digits}f})")
             lines.append(f"| {name} | {steps} | {len(same)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -263,6 +286,8 @@ def parse_arguments():
     add("--only", nargs="+", metavar="NAME", help="these variants alone")
     add("--workers", type=number(1, 256, int), default=1, help="runs side by side")
     add("--count", type=number(1, 10 ** 6, int), default=1000, help="held-out prompts to score on")
+    add("--watch", type=number(1, 10 ** 6, int), default=200, metavar="N",
+        help="prompts to score each checkpoint on")
     add("--held-out", default=str(HERE / "prompts_heldout.txt"), metavar="FILE")
     add("--score-steps", type=number(1, 1000, int), nargs="+", metavar="N",
         help="numbers of steps to score at (default: those that were trained)")
