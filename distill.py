@@ -18,10 +18,9 @@ there say where to push x. The push has two terms, each with its own tau and noi
 Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-Where the paper says nothing: z_t comes from the Euler steps of sampler.py, and a batch has one step.
-Each term is divided by mean |x - x_hat(teacher, text)| of its item. The loss weight lambda is 1. The
-fake learns five times as fast as the student, without momentum, twice in an iteration. The student
-is a running average of the trained weights.
+Where the paper says nothing: z_t comes from the Euler steps of sampler.py; a batch has one step.
+Each term is divided by mean |x - x_hat(teacher, text)| of its item; lambda is 1. The fake learns at
+five times the student's rate, without momentum. What is saved is a running average of the weights.
 """
 
 import json
@@ -42,7 +41,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -244,7 +242,7 @@ def update(loss, optimizer, clip):
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if not math.isfinite(norm):
         raise FloatingPointError("a loss or its gradient is not finite")
     optimizer.step()
@@ -306,7 +304,10 @@ class Run:
         side = pipeline.size // pipeline.vae.config.downsampling
         self.shape = (pipeline.dit.config.in_channels, side, side)
         times = time_schedule(pipeline.steps, pipeline.shift)
-        self.reference_std = float(self.sample(self.nets.teacher, times, pipeline.guidance).std())
+        reference = self.sample(self.nets.teacher, times, pipeline.guidance)
+        self.reference_std = float(reference.std())
+        self.fake_floor = scale.mean_loss(
+            partial(self.nets.fake_loss, self.nets.teacher), reference, self.shown, settings.shift)
         self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
 
     def encode(self, items):
@@ -424,7 +425,8 @@ class Run:
             line["dm_over_ca"] = line["dm_rms"] / max(line["ca_rms"], 1e-12)
             line["std_ratio"] = line["x_std"] / self.reference_std
         line |= {"saturation": p.saturation, "skipped": p.skipped, "seconds": p.seconds,
-                 "lr": learning_rate(p.done - 1, self.args), "fake_lr": self.args.fake_lr}
+                 "fake_floor": self.fake_floor, "fake_lr": self.args.fake_lr,
+                 "lr": learning_rate(p.done - 1, self.args)}
         line = {name: float(f"{value:.6g}") for name, value in line.items()}
         p.recent = []
         if self.processes.rank == 0:
@@ -573,8 +575,6 @@ def make_settings(args, pipeline):
 def resumed_arguments(args, given):
     """The options of the run in args.out, and over them those that are given now."""
     out = Path(args.out)
-    if (out / "state.pt").exists():
-        raise UserError(f"--resume: {out}/state.pt is from an older distill.py: begin a new run")
     config = scale.read_run(out)
     if config is None or not any((out / "checkpoints").glob("[0-9]*")):
         raise UserError(f"--resume: there is no checkpoint of a run in {out}")

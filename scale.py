@@ -293,6 +293,23 @@ def adam(weights, lr, momentum):
 
 
 @torch.no_grad()
+def mean_loss(loss, latents, texts, shift):
+    """loss(x, t, text, noise), averaged over latents (N, ...), given with their texts, and times.
+
+    With the teacher's flow loss and the teacher's latents it is the floor of the fake's loss: what
+    that would be if the student drew as the teacher does.
+    """
+    generator, losses = torch.Generator().manual_seed(0), []
+    u = torch.arange(0.05, 1, 0.1)
+    for t in u / (u + shift * (1 - u)):
+        parts = latents.split([len(text.lengths) for text in texts])
+        for x, text in zip(parts, texts, strict=True):
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            losses.append(loss(x, t.to(x.device).expand(len(x)), text, noise) * len(x))
+    return float(torch.stack(losses).sum() / (len(u) * len(latents)))
+
+
+@torch.no_grad()
 def interpolate(weights, targets, share):
     """Moves `weights` by this share of the way to `targets`, in place."""
     for name, target in targets.items():

@@ -50,6 +50,21 @@ def gradients(net, parameters, batch):
     return torch.autograd.grad(loss, parameters)
 
 
+def test_the_mean_loss_is_over_all_items_and_times(dit, batch):
+    """Texts of unlike number; a loss of the time alone is its mean over the shifted times."""
+    x, _, text = batch
+    texts = [Text(text.features[:2], text.lengths[:2]), Text(text.features[2:], text.lengths[2:])]
+    weight = torch.tensor([3.0, 1.0])          # by the number of items a call gets
+
+    def loss(part, t, text, noise):
+        assert noise.shape == part.shape and len(t) == len(part) == len(text.lengths)
+        return weight[2 - len(part)] * t.mean()
+    u = (torch.arange(10) + 0.5) / 10
+    times = u / (u + 3 * (1 - u))
+    assert scale.mean_loss(loss, x, texts, 3.0) == pytest.approx(
+        float(times.mean()) * (2 * 3 + 1) / 3, rel=1e-5)
+
+
 # --- Adapters -----------------------------------------------------------------------------------
 
 

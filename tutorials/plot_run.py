@@ -22,14 +22,16 @@ from sampler import read_image
 
 STRIPS = 6                                                # rows of samples, at most
 PANELS = [                                                # title, unit, {curve: name in the log}
-    ("Losses", "mean square", {"student": "loss", "fake": "fake_loss"}),
+    ("Losses", "mean square",
+     {"student": "loss", "fake": "fake_loss", "the fake's floor": "fake_floor"}),
     ("The two terms", "rms", {"DM, the shield": "dm_rms", "CA, the spear": "ca_rms"}),
     ("Shield beside spear", "rms(DM) / rms(CA)", {"DM / CA": "dm_over_ca"}),
     ("Direction of DM and CA", "cosine", {"cosine": "cosine"}),
     ("Spread of the outputs", "std / reference std", {"student": "std_ratio"}),
-    ("Learning rates", "rate", {"student": "lr", "fake": "fake_lr"})]
-COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_lr": FAKE, "dm_over_ca": DM}
-SIDE_BY_SIDE = [PANELS[1], ("The fake's loss", "mean square", {"fake": "fake_loss"}), PANELS[4]]
+    ("Saturation of the samples", "0 to 1", {"student": "saturation"})]
+COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_floor": GREY, "dm_over_ca": DM}
+SIDE_BY_SIDE = [PANELS[1], ("The fake's loss", "mean square",
+                            {"fake": "fake_loss", "its floor": "fake_floor"}), PANELS[4]]
 NEEDED = ("iteration", "loss", "dm_rms", "ca_rms", "cosine", "std_ratio", "lr")
 
 
@@ -80,11 +82,11 @@ def draw_panel(axis, log, title, unit, names):
         points = [(line["iteration"], line[name]) for line in log if line.get(name)]
         if points:
             axis.plot(*zip(*points, strict=True), color=COLORS.get(name, STUDENT), label=label,
-                      marker="." if len(points) < 20 else None)
+                      linestyle="--" if name == "fake_floor" else "-",
+                      marker="." if len(points) < 20 and name != "fake_floor" else None)
     if title.startswith(("Spread", "Direction")):
         axis.axhline(title.startswith("Spread"), color=GREY, linestyle="--", linewidth=1.5)
     axis.set(title=title, xlabel="iteration", ylabel=unit)
-    axis.set_yscale("log" if unit == "rate" else "linear")
     axis.locator_params("x", integer=True, nbins=5)
     if len(names) > 1 and axis.lines:
         axis.legend()
