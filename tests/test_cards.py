@@ -2,6 +2,8 @@
 
 import json
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ import painting
 import reader
 import sampler
 import world
-from conftest import refused, run_here
+from conftest import Recorder, refused, run_here
 
 COUNT = 48
 
@@ -392,13 +394,17 @@ class FakePipeline:
     steps, guidance, shift, vae = 4, 1.0, 3.0, None
 
 
+def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
+    assert options == {"guidance_every": 1}
+    return evaluate.drawings(prompts, 5)
+
+
 def run(monkeypatch, *arguments):
     """The command with a perfect model in place of a checkpoint -> exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     monkeypatch.setattr(sampler, "load_pipeline", lambda path: FakePipeline)
     monkeypatch.setattr(evaluate, "reconstruct", lambda vae, images: (images, 40.0))
-    monkeypatch.setattr(evaluate, "sample_images", lambda pipeline, prompts, *options:
-                        evaluate.drawings(prompts, 5))
+    monkeypatch.setattr(evaluate, "sample_images", perfect_images)
     try:
         convert_weights.run_command(evaluate.main)
     except SystemExit as stop:
@@ -417,6 +423,27 @@ def test_json(monkeypatch, tmp_path, capsys):
     assert {"joint", "thing", "card", "ink", "place", "word", "characters", "frechet", "std_ratio",
             "diversity", *evaluate.GROUPS} <= row.keys()
     assert "| x, 2 steps, guidance 1 |" in capsys.readouterr().out
+
+
+def test_quantized_weights_and_guidance_every(tmp_path, monkeypatch):
+    """What is scored are pictures of the network with these options."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("a panda on a red card\na fox\n海边有一只小狗\n", encoding="utf-8")
+    monkeypatch.setattr(evaluate, "DIVERSITY_SEEDS", 2)
+    monkeypatch.setattr(evaluate, "OPEN_PROMPTS", ["a fox"])
+    scored = Recorder(evaluate.score)
+    monkeypatch.setattr(evaluate, "score", scored)
+    run = partial(run_here, evaluate.main, "--model", Path(evaluate.HERE, "teacher"),
+                  "--steps", 2, "--guidance", 2, "--prompts", prompts, "--json", out)
+    pictures = []
+    for options in ([], ["--weights", "int8"], ["--guidance-every", 2]):
+        assert run(*options).returncode == 0
+        pictures.append(scored.calls[-1][0])
+    row = json.loads(out.read_text(encoding="utf-8"))
+    assert row["guidance_every"] == 2 and row["weights"] is None
+    plain, int8, reused = pictures
+    assert 0 < (int8 - plain).square().mean() < 0.2 * plain.var()
+    assert 0 < (reused - plain).square().mean() < plain.var()
 
 
 def test_wrong_arguments(monkeypatch, tmp_path, capsys):

@@ -180,8 +180,11 @@ def figures(readings, prompts, rows, chosen):
 
 
 @torch.no_grad()
-def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
-    """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler."""
+def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, **options):
+    """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler.
+
+    options: of sampler.sample.
+    """
     latents, device = [], next(pipeline.dit.parameters()).device
     times = sampler.time_schedule(steps, pipeline.shift)
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
@@ -191,12 +194,12 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=100):
         noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE, seed + start, len(part))
         text = sampler.encode_prompts(pipeline, part)
         latents.append(sampler.sample(pipeline.dit, noise.to(device), text, times,
-                                      guidance=guidance, negative=negative))
+                                      guidance=guidance, negative=negative, **options))
     return torch.cat(latents)
 
 
 @torch.no_grad()
-def decode(vae, latents, batch=20):
+def decode(vae, latents, batch=5):
     """Latents -> unclamped pictures (B, 3, 128, 128) on the CPU."""
     weights = next(vae.parameters())
     images = [vae.decode(part.to(weights)).float().cpu() for part in latents.split(batch)]
@@ -210,9 +213,9 @@ def encode(vae, images, batch=20):
     return torch.cat([vae.encode(part.to(weights)) for part in images.split(batch)])
 
 
-def sample_images(pipeline, prompts, steps, guidance, seed=0, batch=100):
+def sample_images(pipeline, prompts, steps, guidance, seed=0, **options):
     """Prompts -> unclamped pictures (B, 3, 128, 128) on the CPU; the noise is sample_latents'."""
-    return decode(pipeline.vae, sample_latents(pipeline, prompts, steps, guidance, seed, batch))
+    return decode(pipeline.vae, sample_latents(pipeline, prompts, steps, guidance, seed, **options))
 
 
 def reconstruct(vae, images):
@@ -233,12 +236,12 @@ def spread(images):
     return float((clipped - clipped.mean(0)).square().mean().sqrt())
 
 
-def diversity(pipeline, steps, guidance, seed=1):
+def diversity(pipeline, steps, guidance, seed=1, **options):
     """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings."""
     ratios = []
     for prompt in OPEN_PROMPTS:
         prompts = [prompt] * DIVERSITY_SEEDS
-        images = sample_images(pipeline, prompts, steps, guidance, seed)
+        images = sample_images(pipeline, prompts, steps, guidance, seed, **options)
         ratios.append(spread(images) / spread(drawings(prompts, seed)))
     return float(np.mean(ratios))
 
@@ -256,6 +259,9 @@ def arguments():
                         help="one or several numbers of steps (default: the checkpoint's)")
     parser.add_argument("--guidance", type=number(-100, 100), nargs="+", metavar="G",
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
+    parser.add_argument("--guidance-every", type=number(1, 1000, int), default=1, metavar="K",
+                        help="compute v - v_negative in every K-th step only (default: 1)")
+    parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
                         help="number of prompts (default: 200)")
     parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
@@ -317,6 +323,10 @@ def main():
         raise UserError("no checkpoint is bundled; name one with --model")
     prompts = prompts_for(args)
     pipelines = [sampler.load_pipeline(model) for model in args.model]
+    for pipeline in pipelines if args.weights else ():
+        sampler.quantize(pipeline.dit, args.weights)
+        sampler.quantize(pipeline.text_encoder, args.weights)
+    options = {"guidance_every": args.guidance_every}
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
     row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
@@ -325,9 +335,11 @@ def main():
     print(table_row(f"VAE, {decibels:.1f} dB", score(rebuilt, prompts, real)), flush=True)
     rows = []
     for model, pipeline, steps, guidance in runs(args, pipelines):
-        images = sample_images(pipeline, prompts, steps, guidance, args.seed)
-        row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed}
-        row |= score(images, prompts, real) | {"diversity": diversity(pipeline, steps, guidance)}
+        images = sample_images(pipeline, prompts, steps, guidance, args.seed, **options)
+        row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed,
+               "weights": args.weights, **options}
+        row |= score(images, prompts, real)
+        row["diversity"] = diversity(pipeline, steps, guidance, **options)
         print_rows(f"{os.path.relpath(model)}, {steps} steps, guidance {guidance:g}", row)
         rows.append(row)
     if args.json:
