@@ -249,6 +249,24 @@ def test_a_compiled_dit_samples_the_same(pipeline):
     assert relative_error(sampler.generate(compiled, PROMPTS[:2], **options), expected) < 1e-5
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_captions_of_all_lengths_share_two_compilations():
+    """One for the first length, one for any length; then nothing is compiled again."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # its import takes seconds
+    dit = sampler.load_pipeline(TINY).dit
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    dit.compile(fullgraph=True, backend=counter)
+    compilations, x = [], torch.randn(1, 16, 8, 8)
+    for length in (10, 30, 40, 70, 100, 130, 20):
+        features = torch.randn(1, length, dit.config.cap_feat_dim)
+        context = dit.prepare(Text(features, torch.tensor([length])), 8, 8)
+        dit(x, torch.tensor([0.5]), context)
+        compilations.append(counter.frame_count)
+    assert compilations == [1, 1, 2, 2, 2, 2, 2]
+
+
 def test_gradients_reach_every_parameter(pipeline):
     """The networks train as they are: no parameter is cut off."""
     text = sampler.encode_prompts(pipeline, PROMPTS[:2])
