@@ -6,6 +6,8 @@ tests/tools/execute_notebooks.py has what reads and runs a page. plot_run.py's t
 import importlib
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -57,6 +59,20 @@ def test_page_runs_and_says_what_it_said(path):
     assert stored.keys() == fresh.keys() and stored
     for name, (value, within) in stored.items():
         assert abs(fresh[name][0] - value) <= within, (name, value, fresh[name])
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_kind_is_distilled():
+    """another_teacher.py: one call of the student is about as good as fifty of its DDPM teacher."""
+    script = ROOT / "tutorials" / "another_teacher.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    figures = {}
+    line = r"(\w+), +(\d+) calls?: +(\S+) +(\S+)"
+    for name, calls, accuracy, std in re.findall(line, run.stdout):
+        figures[name, int(calls)] = float(accuracy), float(std)
+    assert figures["teacher", 1][0] < 0.75
+    for good in (figures["teacher", 50], figures["student", 1]):
+        assert good[0] > 0.93 and 0.9 < good[1] < 1.15
 
 
 # --- Read ---------------------------------------------------------------------------------------
