@@ -177,7 +177,7 @@ def evaluations(steps, guidance):
     return steps * (2 if guidance else 1)
 
 
-def compare(prompts, rows, seed=0, side=1.0):
+def compare(prompts, rows, seed=0, side=1.0, titles=None):
     """Same prompts and noise in every row -> Figure. rows: (name, pipeline, steps, guidance).
 
     The label gives the evaluations. A green frame and a tick: evaluate.py reads all that is asked.
@@ -195,12 +195,13 @@ def compare(prompts, rows, seed=0, side=1.0):
             axis.text(0.97, 0.04, "\N{CHECK MARK}" if good else "\N{MULTIPLICATION X}",
                       transform=axis.transAxes, ha="right", fontsize=9, color="white",
                       bbox={"color": RIGHT if good else WRONG, "pad": 1.2, "linewidth": 0})
-        words = f"{steps} guided step" if guidance else f"{steps} step"
-        row[0].set_ylabel(f"{name}\n{words}{'s' * (steps > 1)}\n{evaluations(steps, guidance)} "
-                          f"evaluations\n{sum(right)} of {len(prompts)} right",
+        words = [f"{steps} guided step" if guidance else f"{steps} step",
+                 f"{evaluations(steps, guidance)} evaluation"]
+        words = [word if word.startswith("1 ") else word + "s" for word in words]
+        row[0].set_ylabel("\n".join([name, *words, f"{sum(right)} of {len(prompts)} right"]),
                           rotation=0, ha="right", va="center", fontsize=8.5)
-    for axis, prompt in zip(axes[0], prompts, strict=True):
-        axis.set_title(textwrap.fill(prompt, 17), fontsize=6.5)
+    for axis, title in zip(axes[0], titles or prompts, strict=True):
+        axis.set_title(textwrap.fill(title, 17), fontsize=6.5)
     return figure
 
 
@@ -220,11 +221,13 @@ def diagram(name):
     save(getattr(diagrams, name)(), f"{name}.svg")
 
 
-def open_prompts(count):
-    """The first held-out English prompts that leave something open."""
+def open_prompts(count, english=True):
+    """The first held-out prompts that leave something open: in English, or in Chinese."""
+    from captions import language_of
     from sampler import read_prompts
     prompts = read_prompts(WORLD / "prompts_heldout.txt")
-    return [prompt for prompt in prompts if prompt.isascii() and is_open(prompt)][:count]
+    wanted = str.isascii if english else lambda prompt: language_of(prompt) == "zh"
+    return [prompt for prompt in prompts if wanted(prompt) and is_open(prompt)][:count]
 
 
 def hero():
@@ -235,6 +238,24 @@ def hero():
     rows = [("teacher", teacher, 4, 0.0), ("teacher", teacher, 2, 2.0),
             ("student", student, 4, 0.0), ("teacher", teacher, 16, 2.0)]
     save(compare(open_prompts(10), rows), "hero.png", dpi=170)
+
+
+def equal_calls():
+    """Teacher and student at 1, 2, 4 and 8 evaluations, in both languages, nothing picked.
+
+    Prints the prompts: many machines have no font for Chinese titles.
+    """
+    from sampler import load_pipeline
+    torch.set_num_threads(1)
+    teacher, student = load_pipeline(WORLD / "teacher"), load_pipeline(WORLD / "student")
+    rows = [("teacher", teacher, 1, 0.0), ("student", student, 1, 0.0)]
+    for calls in (2, 4, 8):
+        rows += [("teacher", teacher, calls // 2, 2.0), ("student", student, calls, 0.0)]
+    prompts = [*open_prompts(6), *open_prompts(6, english=False)]
+    titles = [f"{i}" for i in range(1, len(prompts) + 1)]
+    save(compare(prompts, rows, titles=titles), "equal_calls.png", dpi=110)
+    lines = [f"{title}. {prompt}" for title, prompt in zip(titles, prompts, strict=True)]
+    print("\n".join(lines))
 
 
 def film():
@@ -271,6 +292,7 @@ FIGURES = {                                              # name: (how, what and 
     "time_axis": (lambda: diagram("time_axis"), "the time axis; 1 s"),
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
+    "equal_calls": (equal_calls, "both at 1, 2, 4, 8 evaluations, in two languages; 1 minute"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF; 1 minute"),
     "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
     "observer": (observer, "what DM removes, on the cards; 5 minutes after the collapse"),
