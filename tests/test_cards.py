@@ -449,6 +449,9 @@ def test_quantized_weights_and_guidance_every(tmp_path, monkeypatch):
 def test_wrong_arguments(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "--model", "x", "--prompts", tmp_path / "none.txt") == 2
     assert run(monkeypatch, "--model", "x", "--count", 0) == 2
+    for place in (tmp_path, tmp_path / "nowhere" / "out.json"):
+        assert run(monkeypatch, "--model", "x", "--json", place) == 2
+    assert not list(tmp_path.iterdir())
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     assert run(monkeypatch, "--model", "x", "--prompts", empty) == 2

@@ -110,7 +110,8 @@ def cards_film(folder):
 
 # --- One good run and four bad ones -------------------------------------------------------------
 
-MINUTE = "--steps 2 --alpha 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 --log-every 5"
+MINUTE = ("--steps 2 --alpha 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 "
+          "--log-every 5")
 READ_RUNS = {"good": "", "rate_too_high": "--lr 1e-2", "fake_too_slow": "--fake-lr 1e-5",
              "alpha_too_large": "--alpha 12", "no_shield": "--no-dm"}
 

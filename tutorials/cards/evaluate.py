@@ -14,6 +14,7 @@ Every figure is given again for `unseen_words` (the word is held out of training
 `open` (place, card or ink is left to the model) and `given` (everything is named).
 """
 
+import argparse
 import json
 import os
 import sys
@@ -32,7 +33,13 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import reader  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import Parser, UserError, number, run_command  # noqa: E402
+from convert_weights import (  # noqa: E402
+    Parser,
+    UserError,
+    number,
+    run_command,
+    write_whole,
+)
 
 GROUPS = ("unseen_words", "en", "zh", "open", "given")
 FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
@@ -249,6 +256,13 @@ def diversity(pipeline, steps, guidance, seed=1, **options):
 # --- Command line -------------------------------------------------------------------------------
 
 
+def new_json(path):
+    """An argparse type: where a file can be written. To find out after an hour would be late."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise argparse.ArgumentTypeError(f"{path} is a folder, or lies in none")
+    return path
+
+
 def arguments():
     parser = Parser(description="Score cards checkpoints; print a markdown table.")
     folders = [os.path.join(HERE, name) for name in ("teacher", "student")]
@@ -268,7 +282,8 @@ def arguments():
                         help="of the noise, and of the prompts without a file (default: 0)")
     parser.add_argument("--prompts", metavar="FILE",
                         help="one prompt a line; the first K (default: K held-out prompts)")
-    parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=new_json, metavar="OUT",
+                        help="write all figures to this file")
     return parser.parse_args()
 
 
@@ -304,10 +319,8 @@ def without_nan(value):
 def write_json(path, rows):
     """One run is one object; several are a list."""
     rows = [without_nan(row) for row in rows]
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(rows[0] if len(rows) == 1 else rows, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-    os.replace(path + ".part", path)
+    text = json.dumps(rows[0] if len(rows) == 1 else rows, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def runs(args, pipelines):
