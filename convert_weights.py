@@ -632,7 +632,7 @@ COMMON_OPTIONS = {
                "help": "merge a LoRA, LoKr or LoHa into the DiT (repeatable; strength: 1)"},
     "--device": {"default": "auto",
                  "help": "cuda, mps or cpu (default: the first of them that is there)"},
-    "--seed": {"type": number(0, 2 ** 63 - 1, int), "default": 0, "metavar": "N",
+    "--seed": {"type": number(0, 2 ** 63 - 10 ** 6 - 1, int), "default": 0, "metavar": "N",
                "help": "whole number (default: 0)"},
 }
 

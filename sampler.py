@@ -474,7 +474,7 @@ def read_recorded(parser, args):
         raise UserError(f"cannot read {args.like}: {reason}") from None
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError):
+    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError, RecursionError):
         raise UserError(f"{args.like} does not say how this program made it") from None
     return {name: value for name, value in known.items() if value is not None}
 

@@ -13,6 +13,7 @@ tutorials/from_laptop_to_cluster.md has the commands.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -443,6 +444,17 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
         shutil.rmtree(gone, ignore_errors=True)
 
 
+@contextmanager
+def without_log():
+    """PyTorch logs the traceback of a damaged checkpoint, beside raising it."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def load_checkpoint(out, tensors, processes):
     """Reads the newest checkpoint of the run in `out` into `tensors` -> Progress.
 
@@ -452,7 +464,8 @@ def load_checkpoint(out, tensors, processes):
     if not folders:
         return Progress()
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
+        with without_log():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
         progress = read_progress(folders[-1] / "progress.json")
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         # A killed process can leave half a line: it does not end in a newline.
@@ -476,6 +489,9 @@ def read_progress(path):
 
 
 def first_line(error):
+    """What an error says; of those that several processes raised together, the first."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
     return str(error).strip().split("\n")[0]
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import distill
 import formats
 import sampler
 import scale
-from conftest import TINY, Recorder, refused, run_here
+from conftest import ROOT, TINY, Recorder, refused, run_here
 
 
 class Command:
@@ -364,6 +366,15 @@ def test_a_checkpoint_of_another_network_is_refused(finished):
     newest = finished.out / "checkpoints" / finished.checkpoints()[-1]
     drop_tensors(next(newest.glob("*.safetensors")))
     assert refused(finished.resume("--iterations", 3), newest)
+
+
+def test_a_checkpoint_that_was_cut_off_is_one_sentence(finished):
+    """In a process of its own: PyTorch would log a traceback there."""
+    weights = next((finished.out / "checkpoints" / "00000002").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    command = [sys.executable, ROOT / "distill.py", "--out", finished.out, "--resume"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert refused(result, "00000002", "damaged") and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -144,3 +144,14 @@ def test_a_student_between_two():
     small = replace(high, dit=high.text_encoder)
     with pytest.raises(UserError):
         dial.between(low, small, 0.5)
+
+
+def test_the_dial_writes_one_student_and_over_nothing(tmp_path):
+    run = partial(run_here, dial.main, "--low", TINY, "--high", TINY)
+    assert refused(run("--out", tmp_path, "--share", 0.5), "exists already")
+    assert refused(run("--out", tmp_path / "new", "--share", 0.2, 0.5), "one --share")
+    assert not list(tmp_path.iterdir())
+    assert run("--out", tmp_path / "new", "--share", 0.5).returncode == 0
+    mean, low = (sampler.load_pipeline(path).dit.state_dict() for path in (tmp_path / "new", TINY))
+    for name, w in low.items():
+        torch.testing.assert_close(mean[name], w.bfloat16().float())

@@ -54,12 +54,16 @@ def parse_arguments():
     add("--count", type=number(1, 10 ** 6, int), default=200, metavar="K", help="held-out prompts")
     add("--seed", type=number(0, 10 ** 6, int), default=0, metavar="S")
     add("--json", type=evaluate.new_json, metavar="OUT", help="write all figures to this file")
-    add("--out", metavar="DIR", help="write the student of the first --share to this new directory")
+    add("--out", metavar="DIR", help="write the student of --share F to this new directory")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
+    if args.out and (len(args.share) != 1 or args.json):
+        raise UserError("--out writes one student: it goes with one --share, and without --json")
+    if args.out and Path(args.out).exists():
+        raise UserError(f"{args.out} exists already; name a new directory")
     low, high = sampler.load_pipeline(args.low), sampler.load_pipeline(args.high)
     if args.out:
         student = between(low, high, args.share[0])

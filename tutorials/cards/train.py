@@ -4,7 +4,7 @@
     python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on a GPU
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
 
-The bundled teacher learned longer, for 230 minutes. results.md has its command. It also describes
+The bundled teacher learned longer, for 300 minutes. results.md has its command. It also describes
 two runs on a GPU; both failed, so the command for CUDA has no good run behind it yet.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.

@@ -34,7 +34,7 @@ LADDER = {
     4: World(two_things=0),
     5: World()}
 # The world of the bundled models: step 4 with a few freedoms less, as much as a 6M model learns in
-# four hours on two CPU cores.
+# five hours on two CPU cores.
 WORLD = replace(LADDER[4], letters=4, hanzi=2, digits=False, fonts=False, sides=False, sizes=False,
                 tilts=False, jitter=0.5)
 
