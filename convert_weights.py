@@ -619,7 +619,7 @@ def adapter(text):
     """An argparse type: FILE or FILE:STRENGTH -> (file, strength). The drive C: is no file."""
     file, _, strength = text.rpartition(":")
     if not file or re.fullmatch(r"[A-Za-z]", file) or Path(text).exists():
-        return text, 1.0
+        return formats.path_name(text), 1.0
     return file, number(-100, 100)(strength)
 
 
@@ -640,7 +640,7 @@ COMMON_OPTIONS = {
 def add_common_options(parser, *names, **defaults):
     """Adds options that several scripts have; `defaults` replace default values."""
     for name in names:
-        option = dict(COMMON_OPTIONS[name])
+        option = {"type": formats.path_name, **COMMON_OPTIONS[name]}
         key = name.strip("-").replace("-", "_")
         if key in defaults:
             option["default"] = defaults[key]

@@ -507,7 +507,7 @@ def parse_arguments(arguments=None):
     for name, kind, default, metavar, text in [
             ("teacher", absolute, None, "DIR", "an undistilled model (default: the bundled one)"),
             ("prompts", absolute, None, "FILE", "one prompt a line (default: the bundled ones)"),
-            ("out", str, "runs/distil", "DIR", "directory of the run"),
+            ("out", formats.path_name, "runs/distil", "DIR", "directory of the run"),
             ("steps", step_numbers, "4,1,2,8", "N[,N...]", "of the student; of several numbers one "
              "is drawn in each iteration, and the first is its default for sampling"),
             ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
@@ -559,7 +559,7 @@ def parse_arguments(arguments=None):
 
 def absolute(path):
     """An argparse type: a path that stays right in another directory. A hub name is no path."""
-    return path if formats.is_hub_name(path) else str(Path(path).absolute())
+    return path if formats.is_hub_name(formats.path_name(path)) else str(Path(path).absolute())
 
 
 def make_settings(args, pipeline):

@@ -5,6 +5,7 @@ read here, not by the safetensors package: a row range of a tensor is mapped by 
 the same way, and a damaged file ends in one sentence.
 """
 
+import argparse
 import dataclasses
 import errno
 import hashlib
@@ -1018,6 +1019,13 @@ def find_parts(path, named):
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
     return places, check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def path_name(text):
+    """An argparse type: the name of a file, a folder or a model; an empty one is a mistake."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def is_hub_name(path):

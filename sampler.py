@@ -343,7 +343,7 @@ def png_name(text):
     """An argparse type: the name of a PNG file in a directory that can be written to."""
     path = Path(text)
     if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"should be the name of a .png file, not {text}")
+        raise argparse.ArgumentTypeError(f"should be the name of a .png file, not {text!r}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path.parent} is no directory that can be written to")
     return path
@@ -357,14 +357,14 @@ def make_parser():
     number = convert_weights.number
     add("prompt", nargs="*", help="prompts, each in quotes; - alone reads them from standard "
         "input, one a line, and prints the path of each picture as it is done")
-    add("--prompts", metavar="FILE", help="more prompts, one a line, UTF-8")
-    add("--model", help="a directory, one file, or a name such as Tongyi-MAI/Z-Image-Turbo "
-        "(default: the bundled model)")
+    add("--prompts", type=formats.path_name, metavar="FILE", help="more prompts, one a line, UTF-8")
+    add("--model", type=formats.path_name, help="a directory, one file, or a name such as "
+        "Tongyi-MAI/Z-Image-Turbo (default: the bundled model)")
     convert_weights.add_common_options(
         parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora", "--device", "--seed",
         lora=None, device=None, seed=None)
-    add("--like", metavar="PICTURE.png", help="take prompt and settings from a picture that this "
-        "program made; other options win")
+    add("--like", type=formats.path_name, metavar="PICTURE.png", help="take prompt and settings "
+        "from a picture that this program made; other options win")
     add("--out", type=png_name, metavar="FILE.png", help="default image.png, or image-1.png ...")
     add("--num-images", type=number(1, 10 ** 6, int), help="images of each prompt (default 1)")
     add("--batch-size", type=number(1, 1024, int), help="images computed at once (default 1)")
@@ -382,7 +382,7 @@ def make_parser():
     add("--guidance-every", type=number(1, 100, int), metavar="K",
         help="compute guidance in every K-th step only; 2 saves a quarter of the calls (default 1)")
     add("--shift", type=number(0, 1000, above=0), help="of the schedule (default: the model's own)")
-    add("--init-image", metavar="FILE", help="image to image: start from this picture")
+    add("--init-image", type=formats.path_name, metavar="FILE", help="start from this picture")
     add("--strength", type=number(0, 1, above=0), help="how far from it, up to 1 (default 0.6)")
     add("--dtype", choices=["bfloat16", "float32", "float16"],
         help="default: float32 on a CPU, bfloat16 elsewhere")

@@ -459,6 +459,7 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option, value", [
+    ("--prompts", ""), ("--json", ""),
     ("--steps", 3000000000), ("--steps", 0), ("--guidance", "nan"), ("--seed", -1), ("--count", 0)])
 def test_numbers_out_of_range_are_refused(option, value):
     assert refused(run_here(evaluate.main, option, value), option)

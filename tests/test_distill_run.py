@@ -450,6 +450,7 @@ def test_a_full_disk_is_one_sentence(command, monkeypatch):
     (["--size", "33"], ["multiple"]),
     (["--batch-size", 10 ** 20], ["--batch-size"]), (["--follow", "1.5"], ["--follow"]),
     (["--lora", "0"], ["--lora"]), (["--accumulate", "0"], ["--accumulate"]),
+    (["--out", ""], ["--out"]), (["--teacher", ""], ["--teacher"]),
     (["--no-dm", "--warmup", "5"], ["--no-dm"]), (["--no-dm", "--alpha", "1"], ["--alpha"]),
     (["--no-dm", "--follow", "0.1"], ["--follow"]), (["--device", "nowhere"], ["nowhere"]),
     (["--prompts", "missing.txt"], ["missing.txt"]), (["--teacher", "missing"], ["missing"])])

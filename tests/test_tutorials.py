@@ -311,6 +311,7 @@ def test_several_runs_side_by_side(folder, tmp_path):
 
 
 def test_refuses_a_folder_that_is_no_run(tmp_path):
+    refused(run(), "RUN_DIR")
     refused(run(tmp_path / "nowhere"), "there is no folder", "nowhere")
     refused(run(tmp_path), "log.jsonl", "No such file")
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ All of it is read from log.jsonl and samples/ of the run. With several runs each
 rows share an axis. tutorials/how_to_read_a_run.md says what to look for.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert_weights import UserError, is_number, read_json, run_command, write_whole
+from convert_weights import Parser, UserError, is_number, read_json, run_command, write_whole
 from figures import CA, DM, FAKE, GREY, STUDENT
 from sampler import read_image
 
@@ -147,8 +146,7 @@ def compare_runs(folders, count=4):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Draw the curves and the samples of runs of distill.py.", allow_abbrev=False)
+    parser = Parser(description="Draw the curves and the samples of runs of distill.py.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="what was --out of distill.py")
     parser.add_argument("--out", metavar="FILE.png",
                         help="default: run.png in RUN_DIR; of several, runs.png beside the first")

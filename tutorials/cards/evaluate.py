@@ -40,6 +40,7 @@ from convert_weights import (  # noqa: E402
     run_command,
     write_whole,
 )
+from formats import path_name  # noqa: E402
 
 GROUPS = ("unseen_words", "en", "zh", "open", "given")
 FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
@@ -258,8 +259,8 @@ def diversity(pipeline, steps, guidance, seed=1, **options):
 
 def new_json(path):
     """An argparse type: where a file can be written. To find out after an hour would be late."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise argparse.ArgumentTypeError(f"{path} is a folder, or lies in none")
+    if not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise argparse.ArgumentTypeError(f"{path!r} is a folder, or lies in none")
     return path
 
 
@@ -280,7 +281,7 @@ def arguments():
                         help="number of prompts (default: 200)")
     parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
                         help="of the noise, and of the prompts without a file (default: 0)")
-    parser.add_argument("--prompts", metavar="FILE",
+    parser.add_argument("--prompts", type=path_name, metavar="FILE",
                         help="one prompt a line; the first K (default: K held-out prompts)")
     parser.add_argument("--json", type=new_json, metavar="OUT",
                         help="write all figures to this file")

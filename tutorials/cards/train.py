@@ -21,7 +21,6 @@ seeded by (seed, step), so a stopped run that goes on is the same run, unless it
 the log, samples_*.png pictures for unseen prompts.
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -52,7 +51,13 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import UserError, run_command, save_pipeline, write_whole  # noqa: E402
+from convert_weights import (  # noqa: E402
+    Parser,
+    UserError,
+    run_command,
+    save_pipeline,
+    write_whole,
+)
 from model import (  # noqa: E402
     VAE,
     Context,
@@ -887,7 +892,7 @@ def work(recipe, run, drawings, meeting):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="Train the cards model: VAE, then teacher.")
+    parser = Parser(description="Train the cards model: VAE, then teacher.")
     parser.add_argument("--out", required=True, help="folder; the same again continues a run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1,
