@@ -208,11 +208,15 @@ def compare(prompts, rows, seed=0, side=1.0, titles=None):
 # --- The command ----------------------------------------------------------------------------------
 
 
-def save(figure, name, **options):
+def save(figure, name, palette=False, **options):
+    """Writes the figure to images/. palette: in 256 colors, a third of the bytes."""
     IMAGES.mkdir(exist_ok=True)
     if name.endswith(".svg"):
         options["metadata"] = {"Date": None}
     figure.savefig(IMAGES / name, facecolor="white", **options)
+    if palette:
+        from PIL import Image
+        Image.open(IMAGES / name).convert("RGB").quantize(256).save(IMAGES / name)
     plt.close(figure)
 
 
@@ -270,7 +274,7 @@ def collapse():
 
 def observer():
     import films
-    save(films.observer_figure(), "observer.png", dpi=100)
+    save(films.observer_figure(), "observer.png", palette=True, dpi=100)
 
 
 def runs():

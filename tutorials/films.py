@@ -98,7 +98,7 @@ def cards_film(folder):
         axis.set(xticks=[], title=f"{name}: same prompts and noise after so many iterations",
                  yticks=[height * (i + 0.5) for i in range(len(rows))], yticklabels=list(rows))
         axis.grid(False)
-    fig.save(figure, "collapse.png", dpi=120)
+    fig.save(figure, "collapse.png", palette=True, dpi=120)
     frames = []
     for moment in strips["CA alone"]:
         pair = [np.asarray(rows[moment]) for rows in strips.values()]
