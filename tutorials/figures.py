@@ -8,7 +8,6 @@ Drawings are in diagrams.py, the film is in films.py. `pages` runs the notebooks
 own figures.
 """
 
-import argparse
 import ast
 import inspect
 import os
@@ -33,6 +32,8 @@ if __name__ == "__main__":
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+
+from convert_weights import Parser, run_command  # noqa: E402
 
 # Okabe and Ito's palette, which stays apart for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -305,8 +306,7 @@ FIGURES = {                                              # name: (how, what and 
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the figures of README and pages again.",
-                                     allow_abbrev=False)
+    parser = Parser(description="Draw the figures of README and pages again.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which figures; see --list")
     parser.add_argument("--all", action="store_true", help="all of them")
     parser.add_argument("--list", action="store_true", help="list the names and stop")
@@ -325,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

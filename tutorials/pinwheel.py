@@ -8,7 +8,6 @@ Notebooks 3, 4 and 5 use it; notebook 4 writes the loop of `distill_pinwheel` ou
     python tutorials/pinwheel.py --seeds 0 1 2      every sampler in one table; 3 minutes of a core
 """
 
-import argparse
 import copy
 import math
 import os
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from convert_weights import Parser, number, run_command  # noqa: E402
 from distill import (  # noqa: E402
     backward_simulation,
     cfg_augmentation,
@@ -233,9 +233,9 @@ def all_clouds(seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Every sampler of the pinwheel, in one table.",
-                                     allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser = Parser(description="Every sampler of the pinwheel, in one table.")
+    parser.add_argument("--seeds", type=number(0, 10 ** 6, int), nargs="+", default=[0],
+                        metavar="N")
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     rows = [{name: measure(x) for name, x in all_clouds(seed).items()} for seed in seeds]
@@ -247,4 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
