@@ -580,7 +580,8 @@ def run_command(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                  # no permission, a name too long, a device is gone
-        print(f"error: {error.filename or 'a stream'}: {error.strerror or error}", file=sys.stderr)
+        where = error.filename or "standard output"
+        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)

@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 import convert_weights
 import formats
+import hardware
 import sampler
 import scale
 from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
@@ -603,8 +604,8 @@ def fingerprints(args):
     return [fingerprint(file) for file in files]
 
 
-@sampler.advise_on_errors("a smaller --batch-size or --size, --accumulate, "
-                          "--checkpoint-activations or --lora")
+@hardware.advise_on_errors("a smaller --batch-size or --size, --accumulate, "
+                           "--checkpoint-activations or --lora")
 def main():
     """The command line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -39,20 +39,12 @@ import convert_weights
 import formats
 import hardware
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
-from hardware import (
-    TakeTurns,
-    advise_on_errors,
-    find_device,
-    keep_freed_memory,
-    quantize,  # noqa: F401  (for those who import sampler)
-    stream_blocks,
-    use_cpu_kernels,
-    use_tiles,
-)
+from hardware import find_device, keep_freed_memory, quantize  # noqa: F401  (our interface)
 from model import PATCH, VAE, DiT, TextEncoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"   # Qwen3's, for one message
 MAX_TOKENS = 512                                # of the templated prompt; the rest is cut off
+MAX_CHARACTERS = 20_000                         # of a prompt; tokenizers can take minutes for more
 
 
 @dataclass
@@ -199,16 +191,18 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
 
 def token_ids(tokenizer, prompt):
     """The prompt in its chat template -> a list of token ids. A longer prompt is cut to 512."""
-    templated = TEMPLATE.format(prompt)
+    beginning = prompt[:MAX_CHARACTERS]
+    templated = TEMPLATE.format(beginning)
     try:
         encoded = tokenizer.encode(templated, add_special_tokens=False)
     except (TypeError, UnicodeError):
-        raise UserError(f"the prompt {prompt!r} is not valid Unicode text") from None
-    if len(encoded.ids) > MAX_TOKENS:
-        end = encoded.offsets[MAX_TOKENS - 1][1]
-        warnings.warn(f"a prompt of {len(encoded.ids)} tokens is cut to {MAX_TOKENS}, after the "
-                      f"words {templated[max(end - 40, 0):end]!r}", stacklevel=2)
-    return encoded.ids[:MAX_TOKENS]
+        raise UserError(f"the prompt {beginning!r} is not valid Unicode text") from None
+    ids = encoded.ids[:MAX_TOKENS]
+    if len(encoded.ids) > MAX_TOKENS or beginning != prompt:
+        end = encoded.offsets[len(ids) - 1][1]
+        warnings.warn(f"a prompt of {len(prompt)} characters is cut to its first {len(ids)} "
+                      f"tokens, after the words {templated[max(end - 40, 0):end]!r}", stacklevel=2)
+    return ids
 
 
 def setting(value, default):
@@ -606,9 +600,9 @@ def build(args, device, dtype):
     pipeline.device = device
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
         if device.type == "cpu":
-            use_cpu_kernels(net)
+            hardware.use_cpu_kernels(net)
     if args.tile is not False:
-        use_tiles(pipeline.vae, above=0 if args.tile or args.offload == "blocks" else 2e6)
+        hardware.use_tiles(pipeline.vae, above=0 if args.tile or args.offload == "blocks" else 2e6)
     place(args, pipeline)
     if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
         torch.set_num_threads(1)              # more gain a small network nothing
@@ -619,9 +613,9 @@ def place(args, pipeline):
     """Puts the networks where they compute, then compiles the DiT if that is asked for."""
     networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
     if args.offload == "blocks":
-        stream_blocks(pipeline)
+        hardware.stream_blocks(pipeline)
     elif args.offload:
-        TakeTurns(networks, device)
+        hardware.TakeTurns(networks, device)
     else:
         for net in networks:
             net.to(device)
@@ -727,8 +721,9 @@ def report(args, bar, entry):
         print(f"{entry['path']}{seconds}", flush=True)
 
 
-@advise_on_errors("--offload or --offload blocks (on a GPU), --weights int8 or fp8, a smaller "
-                  "--size, --batch-size 1 or --dtype bfloat16")
+@hardware.advise_on_errors(
+    "--offload or --offload blocks (on a GPU), --weights int8 or fp8, a smaller --size, "
+    "--batch-size 1 or --dtype bfloat16")
 def main():
     """The command line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -313,7 +313,7 @@ def test_image_to_image_starts_from_the_noised_image(pipeline, monkeypatch):
 
 def test_long_prompts_are_cut_with_a_warning_that_says_where(pipeline):
     words = " ".join(f"w{i}" for i in range(600))
-    with pytest.warns(UserWarning, match="tokens is cut to 512") as caught:
+    with pytest.warns(UserWarning, match="cut to its first 512 tokens") as caught:
         text = sampler.encode_prompts(pipeline, [words])
     assert text.lengths.tolist() == [512]
     quoted = str(caught[0].message).split("'")[1]
@@ -322,6 +322,23 @@ def test_long_prompts_are_cut_with_a_warning_that_says_where(pipeline):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler.encode_prompts(pipeline, ["word"])
+
+
+def test_a_very_long_prompt_costs_no_more_than_its_beginning(pipeline):
+    """The bundled tokenizer takes minutes for a megabyte, and cannot be interrupted meanwhile."""
+    words = "w " * sampler.MAX_CHARACTERS
+    lengths = []
+
+    class Tokenizer:
+        def encode(self, text, **options):
+            lengths.append(len(text))
+            return pipeline.tokenizer.encode(text, **options)
+
+    with pytest.warns(UserWarning, match="cut to its first 512 tokens"):
+        ids = sampler.token_ids(Tokenizer(), words)
+    assert lengths[0] < sampler.MAX_CHARACTERS + 100
+    with pytest.warns(UserWarning):
+        assert ids == sampler.token_ids(pipeline.tokenizer, words[:10000])
 
 
 def test_latents_that_are_not_finite_are_refused(pipeline, monkeypatch):

@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 
+import hardware
 import sampler
 from convert_weights import NETWORKS, expected_tensors
 from formats import CHAT_TEMPLATE, load_tokenizer
@@ -67,7 +68,7 @@ def our_pipeline(size, pixels, device, dtype):
         pipeline = sampler.Pipeline(tokenizer, **networks, shift=3.0, size=pixels, device=device)
     if device.type == "cpu":
         for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
-            sampler.use_cpu_kernels(net)
+            hardware.use_cpu_kernels(net)
     return pipeline
 
 
