@@ -25,12 +25,10 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
-import shutil
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +42,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import formats
+from files import new_directory
 from formats import (  # noqa: F401
     NETWORKS,
     UserError,
@@ -53,11 +52,6 @@ from formats import (  # noqa: F401
     rename,
     write_json,
 )
-
-try:
-    import fcntl
-except ImportError:           # Windows
-    fcntl = None
 
 # --- Names: which official tensor is which of ours, and of other programs -----------------------
 
@@ -156,12 +150,12 @@ def expected_tensors(kind, config):
 
     Not needed are the language model's last layer and final norm: stored, converted, never run.
     """
-    needed = build(kind, config).state_dict()
+    needed = empty_network(kind, config).state_dict()
     tensors = needed
     if kind == "text_encoder":
         whole = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers + 1)
         norm = torch.empty(config.hidden_size, device="meta")
-        tensors = {**build(kind, whole).state_dict(), "norm.weight": norm}
+        tensors = {**empty_network(kind, whole).state_dict(), "norm.weight": norm}
     return {rename(ours, OFFICIAL_NAMES[kind]): (ours, tuple(tensor.shape), ours in needed)
             for ours, tensor in tensors.items()}
 
@@ -224,16 +218,17 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     dtype: of all weights; None: the one that most of them are stored in.
     like: a folder whose config.json holds for files that have none (None: the release's values).
     adapters: (file, strength) pairs: LoRA, LoKr, LoHa for a DiT, merged into its weights.
-    keep: {"fp8", "int8": bind}. The linear layers of the blocks that are stored so are not
-        dequantized: bind(linear, weight, scale, group) gets weight (out, in) as it is stored, scale
-        (out, 1) float32 and the columns in a group of formats.rotate, or 0.
-    quantize_layer: called as quantize_layer(linear, weight) for each other layer of this kind.
+    keep: {"fp8": bind, "int8": bind}, one of them or both. A linear layer of the blocks that is
+        stored in this format stays so: bind(linear, weight, scale, group) gets weight (out, in) as
+        it is stored, scale (out, 1) float32, and the columns in a group of formats.rotate, or 0.
+    quantize_layer: called as quantize_layer(linear, weight) for the linear layers of the blocks
+        that `keep` does not take; weight (out, in) is on `device`.
     A network of which nothing has to be cast is mapped, see the head of this file. Otherwise the
     peak of memory is the weights and one tensor.
     """
     network = open_network(kind, path, like)
-    module = build(kind, network.config)
-    network = bind_stored(network, module, keep or {}, adapters, device)
+    module = empty_network(kind, network.config)
+    network = bind_kept_layers(network, module, keep or {}, adapters, device)
     dtype = dtype or common_dtype(network)
     weights = {}
     steps = tqdm(official_tensors(network, adapters, dtype), f"loading {kind}", len(network.pieces),
@@ -258,8 +253,8 @@ load_dit = partial(load, "dit")
 load_vae = partial(load, "vae")
 
 
-def build(kind, config):
-    """An empty network on the meta device, where there is nothing to initialize.
+def empty_network(kind, config):
+    """A network on the meta device, where weights have shapes and no numbers.
 
     nn.Embedding would import PyTorch's compiler for that, which takes a second.
     """
@@ -274,7 +269,7 @@ def build(kind, config):
             layer.reset_parameters = reset
 
 
-def bind_stored(network, module, keep, adapters, device):
+def bind_kept_layers(network, module, keep, adapters, device):
     """Binds the layers that `keep` wants as they are stored -> the rest, to be loaded.
 
     A layer that an adapter changes has to be dequantized.
@@ -282,7 +277,7 @@ def bind_stored(network, module, keep, adapters, device):
     changed = formats.read_adapters(adapters, linear_modules(network)) if keep else {}
     rest = {}
     for name, piece in network.pieces.items():
-        bind = keep.get(formats.stored_format(piece.stored)) if QUANTIZED.search(name) else None
+        bind = keep.get(formats.layer_format(piece.stored)) if QUANTIZED.search(name) else None
         if bind and piece.needed and name not in changed:
             weight = formats.read(piece.stored, piece.first, piece.shape[0])
             scale = formats.row_scales(piece.stored, piece.first, piece.shape[0])
@@ -364,12 +359,12 @@ def linear_modules(network):
     return modules
 
 
-# --- Checkpoints: all parts of a model ----------------------------------------------------------
+# --- All parts of a model -----------------------------------------------------------------------
 
 RELEASE, RELEASE_SHIFT = "Tongyi-MAI/Z-Image-Turbo", 3.0
 
 
-class Checkpoint(NamedTuple):
+class StoredModel(NamedTuple):
     """All parts of a model on disk, checked each and against each other."""
     networks: dict        # "dit", "text_encoder", "vae" -> StoredNetwork, for load_dit and so on
     tokenizer: Tokenizer
@@ -379,8 +374,8 @@ class Checkpoint(NamedTuple):
     name: str             # of the file, directory or model on the hub
 
 
-def open_checkpoint(path=None, **named):
-    """Looks at a model on disk or on the hub -> Checkpoint.
+def open_model(path=None, **named):
+    """Looks at a model on disk or on the hub -> StoredModel.
 
     path: a directory in the official layout or in ours, a folder with one file for each part, a
     file, or a hub name. named: dit, text_encoder, vae, tokenizer, in the place of those of `path`.
@@ -401,7 +396,7 @@ def open_checkpoint(path=None, **named):
         settings = formats.check_settings(formats.parse_json(text, files["dit"]), files["dit"])
     tokenizer = formats.load_tokenizer(files["tokenizer"])
     formats.check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
-    return Checkpoint(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
+    return StoredModel(networks, tokenizer, {"shift": RELEASE_SHIFT, **settings},
                       "shift" not in settings, files, Path(path or files["dit"]).resolve().name)
 
 
@@ -428,27 +423,30 @@ def convert(source, target, to="ours", dtype=None, adapters=(), **named):
 
     dtype: of DiT and text encoder. None: each tensor's own, bfloat16 where it is quantized. "int8":
     ComfyUI's int8 with a scale per row for the linear layers of the blocks. The VAE stays as it is.
-    adapters: (file, strength) pairs, merged into the DiT. named: as in open_checkpoint.
+    adapters: (file, strength) pairs, merged into the DiT. named: as in open_model.
     """
     if dtype == "int8" and to == "official":
         raise UserError("the official layout has no int8; take --to comfy or --to ours")
-    checkpoint = open_checkpoint(source, **named)
-    configs = {kind: dataclasses.asdict(checkpoint.networks[kind].config) for kind in NETWORKS}
+    model = open_model(source, **named)
+    if model.shift_assumed and to != "comfy":
+        warnings.warn(f"no file of {source} says the shift of the schedule; {RELEASE_SHIFT}, that "
+                      f"of Turbo, is written into {target}", stacklevel=2)
+    configs = {kind: dataclasses.asdict(model.networks[kind].config) for kind in NETWORKS}
     with new_directory(target) as folder:
-        for kind, network in checkpoint.networks.items():
+        for kind, network in model.networks.items():
             metadata = {f"z_image_{kind}": json.dumps(configs[kind])} if to == "comfy" else {}
-            if metadata and kind == "dit" and not checkpoint.shift_assumed:
-                metadata["z_image_settings"] = json.dumps(checkpoint.settings)
+            if metadata and kind == "dit" and not model.shift_assumed:
+                metadata["z_image_settings"] = json.dumps(model.settings)
             own = {"dtype": dtype} if kind != "vae" else {}
             merged = {"adapters": adapters} if kind == "dit" else {}
             write_network(network, folder / TARGETS[to][kind], to, metadata, **own, **merged)
         if to == "ours":
-            write_json(folder / "config.json", {**configs, **checkpoint.settings})
+            write_json(folder / "config.json", {**configs, **model.settings})
         if to == "official":
-            configs = {kind: network.config for kind, network in checkpoint.networks.items()}
-            formats.write_official_json(folder, configs, checkpoint.settings)
+            configs = {kind: network.config for kind, network in model.networks.items()}
+            formats.write_official_json(folder, configs, model.settings)
         tokenizer = "tokenizer/tokenizer.json" if to == "official" else "tokenizer.json"
-        checkpoint.tokenizer.save(str(folder / tokenizer))
+        model.tokenizer.save(str(folder / tokenizer))
 
 
 def write_network(network, path, to, metadata, dtype=None, adapters=()):
@@ -456,7 +454,7 @@ def write_network(network, path, to, metadata, dtype=None, adapters=()):
     names, plan = plan_network(network, to, dtype)
     expected = expected_tensors(network.kind, network.config)
     layers = {name.removesuffix(".weight"): formats.describe_int8(shape[1])
-              for name, (shape, kind) in plan.items() if kind == torch.int8}
+              for name, (shape, stored_as) in plan.items() if stored_as == torch.int8}
     if layers:
         metadata = {**metadata, "_quantization_metadata": json.dumps({"layers": layers})}
 
@@ -465,11 +463,14 @@ def write_network(network, path, to, metadata, dtype=None, adapters=()):
         for official, tensor in itertools.chain(official_tensors(network, adapters), zeros):
             name = names[official]
             if plan[name][1] == torch.int8:
+                check_finite(network, official, tensor)
                 numbers, scale, _ = formats.quantize_weight(tensor, torch.int8)
                 yield scale_name(name), scale
                 yield name, numbers
             else:
-                yield name, tensor.to(plan[name][1])
+                cast = tensor.to(plan[name][1])
+                check_finite(network, official, cast, tensor)
+                yield name, cast
 
     stored = network.pieces
     path.parent.mkdir(exist_ok=True)
@@ -525,8 +526,11 @@ def save_pipeline(  # noqa: PLR0913
     sections = {kind: dataclasses.asdict(module.config) for kind, module in networks.items()}
     with new_directory(path, replace=True) as folder:
         for kind, module in networks.items():
-            state = {name: tensor if dtype is None or kind == "vae" else tensor.to(dtype)
-                     for name, tensor in module.state_dict().items()}
+            state = module.state_dict()
+            if any(tensor.dtype.itemsize == 1 for tensor in state.values()):
+                raise UserError(f"the {kind} is quantized; save it as it was before quantize")
+            if dtype is not None and kind != "vae":
+                state = {name: tensor.to(dtype) for name, tensor in state.items()}
             plan = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
             formats.write_safetensors(folder / f"{kind}.safetensors", plan, state.items())
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -568,6 +572,7 @@ def main():
 def run_command(main):
     """Runs a command line: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     gc.freeze()    # what was imported stays; to search it for garbage takes .2 s each time
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (the user closed it)
@@ -646,107 +651,6 @@ def add_common_options(parser, *names, **defaults):
         if key in defaults:
             option["default"] = defaults[key]
         parser.add_argument(name, **option)
-
-
-@contextmanager
-def temporary(folder, prefix, make):
-    """A path folder/prefix..., made by make(path), and removed at the end unless it was renamed.
-
-    Its writer holds a lock on it, which the system drops when the process ends, however it ends. So
-    a path of this kind that is not locked was left by a dead process, and is removed first.
-    """
-    for old in folder.glob(f"{prefix}*"):
-        with locked(old) as is_mine:
-            if is_mine:
-                remove(old)
-    with ExitStack() as stack:
-        for _ in range(3):                    # another writer may remove a path before it is locked
-            path = folder / f"{prefix}{secrets.token_hex(4)}.new"     # torch.save wants a suffix
-            make(path)
-            stack.callback(remove, path)
-            if stack.enter_context(locked(path)) or not fcntl:
-                break
-        yield path
-
-
-@contextmanager
-def locked(path):
-    """Locks a file or directory, gives whether that was possible. On Windows it never is."""
-    descriptor, is_mine = None, False
-    if fcntl:
-        with suppress(OSError):               # another process holds it, or has removed it
-            descriptor = os.open(path, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_mine = path.exists()
-    try:
-        yield is_mine
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def remove(path):
-    """Removes a file or directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_whole(path, write):
-    """Calls write(part) with a name beside `path`, then renames it: old or new, never a half."""
-    with new_file(path) as part:
-        write(part)
-        os.replace(part, path)
-
-
-@contextmanager
-def new_file(path):
-    """A file beside `path`, to be written and renamed to it. UserError where that fails."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path.parent, ".part-", Path.touch) as part:
-            yield part
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path}: {reason}") from None
-
-
-def rename_new(part, path):
-    """Renames a file. FileExistsError where there is another one of this name already."""
-    try:
-        os.link(part, path)
-    except OSError:                           # it exists, or the file system has no links
-        path.open("x").close()
-        os.replace(part, path)
-
-
-@contextmanager
-def new_directory(path, replace=False):
-    """A directory to write in; its files come to lie in `path` when the block ends well.
-
-    `path` must be new or empty. With `replace` it may hold files; those of the same names are
-    replaced at the end, one after the other. After an error in the block all is as it was.
-    """
-    path = Path(path)
-    taken = path.exists() and (not path.is_dir() or any(
-        not file.name.startswith(".part-") for file in path.iterdir()))
-    if taken and not (replace and path.is_dir()):
-        raise UserError(f"{path} exists already; name a new directory, or remove it first")
-    made = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        try:                                  # inside: on the same file system, whatever is mounted
-            with temporary(path, ".part-", Path.mkdir) as part:
-                yield part
-                for file in part.iterdir():
-                    os.replace(file, path / file.name)
-        finally:
-            if made and not any(path.iterdir()):
-                path.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

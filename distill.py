@@ -15,12 +15,12 @@ there say where to push x. The push has two terms, each with its own tau and noi
     Delta_DM = x_hat(teacher, tau_dm, text) - x_hat(fake, tau_dm, text)                 the shield
     Delta_CA = (alpha - 1) (x_hat(teacher, tau_ca, text) - x_hat(teacher, tau_ca, ""))  the spear
 
-Differences from the paper's Algorithm 1 (the guidance of sampler.py is alpha - 1):
+alpha is the guidance scale; the guidance of sampler.py is alpha - 1. What differs from Algorithm 1:
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-Where the paper says nothing: z_t comes from the Euler steps of sampler.py; a batch has one step.
-Each term is divided by mean |x - x_hat(teacher, text)| of its item; lambda is 1. The fake learns at
-five times the student's rate, without momentum. What is saved is a running average of the weights.
+Where the paper says nothing: z_t comes from the Euler steps of sampler.py; all items of a batch are
+at one step. Each term is divided by mean |x - x_hat(teacher, text)| of its item, then both are
+added. The fake learns at five times the student's rate, without momentum. An average is saved.
 """
 
 import json
@@ -50,7 +50,8 @@ import formats
 import hardware
 import sampler
 import scale
-from convert_weights import Parser, UserError, fingerprint, number, run_command, write_whole
+from convert_weights import Parser, UserError, fingerprint, number, run_command
+from files import write_whole
 from sampler import encode_prompts, sample, time_schedule
 
 # --- The two terms --------------------------------------------------------------------------------
@@ -72,9 +73,9 @@ def data_estimate(net, x_t, t, text):
 
 
 def normalized(delta, x, x_hat, floor=0.05):
-    """Divides delta by mean |x - x_hat| of its item, at least `floor` (Eq. 8 of DMD).
+    """Divides delta by mean |x - x_hat| of its item, at least `floor` (DMD, 2311.18828, Eq. 8).
 
-    Both shrink as tau goes to 1; the ratio keeps its size. See tutorials/03.
+    Both shrink as tau goes to 1. `floor`: no division by next to nothing. See tutorials/03.
     """
     return delta / per_item((x - x_hat).abs().flatten(1).mean(1).clamp(min=floor), x)
 
@@ -122,15 +123,14 @@ def shift_time(u, shift):
     return u / (u + shift * (1 - u))
 
 
-# Lowest tau_dm and tau_ca in units of the student's time t. "coupled" is DMD: one tau for both.
+# Lowest (tau_dm, tau_ca) in units of the student's time t. "coupled" is DMD: one tau for both.
 SCHEDULES = {"coupled": (0, 0), "full": (0, 0), "constrained": (1, 1), "hybrid": (0, 1)}
 
 
 def sample_tau(schedule, t, shift=1.0, generator=None):
     """Re-noising times (tau_dm, tau_ca), (B,) each, for the student's times t (Sec. 4.3).
 
-    Each is uniform from its lowest value to 1 before the shift, which is applied afterwards.
-    Compared in tutorials/05_when_to_renoise.ipynb.
+    Each is uniform from its lowest value to 1 where the shift is undone. See tutorials/05.
     """
     draws = torch.rand(2, len(t), generator=generator, dtype=t.dtype).to(t.device)
     if schedule == "coupled":
@@ -301,7 +301,9 @@ class Run:
         weights = self.learners.weights
         nets["student_optimizer"] = scale.adam(weights["student"], args.lr, 0.9)
         nets["fake_optimizer"] = scale.adam(weights["fake"], args.fake_lr, 0.0)
-        self.nets = Nets(**nets | ({"dm": no_dm} if args.no_dm else {}) | parts)
+        if args.no_dm:
+            nets["dm"] = no_dm
+        self.nets = Nets(**{**nets, **parts})
         side = pipeline.size // pipeline.vae.config.downsampling
         self.shape = (pipeline.dit.config.in_channels, side, side)
         times = time_schedule(pipeline.steps, pipeline.shift)
@@ -327,43 +329,50 @@ class Run:
         text = self.text_of(self.processes.share(items).tolist())
         return text, self.processes.share(noise).to(self.pipeline.device), settings, generator
 
-    def warm_up(self, i):
+    def warm_up_once(self, i):
         """The fake alone learns what the student makes at the start."""
-        text, *rest = self.batch(i)
         self.progress.warmed = i + 1
-        self.attempt(warm_up, text, *rest)
+        self.attempt(warm_up, *self.batch(i))
 
     def attempt(self, step, *arguments):
-        """step(nets, *arguments) -> its metrics; None if a gradient is not finite, which counts."""
+        """step(nets, *arguments) -> its metrics; None, and counted, if a gradient is not finite.
+
+        UserError after MAX_SKIPPED of these in a row.
+        """
         p = self.progress
         try:
             with self.processes.shared_draws():
                 metrics = step(self.nets, *arguments)
         except FloatingPointError:
             p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
+            if p.in_a_row >= MAX_SKIPPED:
+                raise UserError(
+                    f"{MAX_SKIPPED} iterations in a row gave no finite gradient: try a smaller "
+                    "--lr or --alpha; the last good checkpoint, if there is one, is in "
+                    f"{self.out}/checkpoints") from None
             return None
         p.in_a_row = 0
         return metrics
 
     def iterate(self, i):
-        """training_step, then the student's average. A gradient that is not finite ends it."""
+        """training_step, then the student's average, unless a gradient was not finite."""
         args, weights = self.args, self.learners.weights
-        text, *rest = self.batch(args.warmup + i)
+        text, noise, settings, generator = self.batch(args.warmup + i)
         for group in self.nets.student_optimizer.param_groups:
             group["lr"] = learning_rate(i, args)
         for net in self.counted:
             net.forwards = net.backwards = 0
         self.progress.done = i + 1
-        metrics = self.attempt(training_step, text, self.null_text, *rest)
+        metrics = self.attempt(training_step, text, self.null_text, noise, settings, generator)
         if metrics is None:
             return
         # A short memory at first, so that the initial weights are soon forgotten.
-        keep = min(args.ema, (i + 1) / (i + 10))
-        scale.interpolate(weights["averaged"], weights["student"], 1 - keep)
+        decay = min(args.ema, (i + 1) / (i + 10))
+        scale.interpolate(weights["averaged"], weights["student"], 1 - decay)
         if args.follow:
             scale.interpolate(weights["fake"], weights["student"], args.follow)
         for name in ("forwards", "backwards"):
-            metrics[name] = sum(getattr(net, name) for net in self.counted) / len(rest[0])
+            metrics[name] = sum(getattr(net, name) for net in self.counted) / len(noise)
         self.progress.recent.append(self.processes.mean(metrics))
 
     @torch.no_grad()
@@ -434,13 +443,10 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"iteration": p.done, **line}) + "\n")
 
-    def end_if_asked(self, number):
-        """Ends the process after a signal, or after too many iterations without effect."""
-        asked = self.processes.mean({"any": number > 0, "int": number == signal.SIGINT})
-        if self.progress.in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"{MAX_SKIPPED} iterations in a row gave no finite gradient: try a smaller --lr or "
-                f"--alpha; the last good checkpoint, if there is one, is in {self.out}/checkpoints")
+    def end_if_asked(self, signal_number):
+        """Saves a checkpoint and ends the process, if a signal came to any of the processes."""
+        asked = self.processes.mean(
+            {"any": signal_number > 0, "int": signal_number == signal.SIGINT})
         if asked["any"]:
             self.save_checkpoint()
             print(f"saved after iteration {self.progress.done}; --resume goes on", file=sys.stderr)
@@ -465,11 +471,11 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
     bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
                disable=run.processes.rank > 0)
     # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
-    # for forward and backward passes together, because checkpoints compute again in the latter.
+    # for both passes: --checkpoint-activations computes blocks again in the backward pass.
     kernel = sdpa_kernel(SDPBackend.MATH) if pipeline.device.type == "cpu" else nullcontext()
     with scale.StopSignals() as stop, bar, kernel:
         for i in range(p.warmed, args.warmup):
-            run.warm_up(i)
+            run.warm_up_once(i)
             bar.update()
             run.end_if_asked(stop.number)
         for i in range(p.done, args.iterations):
@@ -506,7 +512,7 @@ def parse_arguments(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     for name, kind, default, metavar, text in [
-            ("teacher", absolute, None, "DIR", "an undistilled model (default: the bundled one)"),
+            ("teacher", model_name, None, "DIR", "an undistilled model (default: the bundled one)"),
             ("prompts", absolute, None, "FILE", "one prompt a line (default: the bundled ones)"),
             ("out", formats.path_name, "runs/distil", "DIR", "directory of the run"),
             ("steps", step_numbers, "4,1,2,8", "N[,N...]", "of the student; of several numbers one "
@@ -559,8 +565,13 @@ def parse_arguments(arguments=None):
 
 
 def absolute(path):
-    """An argparse type: a path that stays right in another directory. A hub name is no path."""
-    return path if formats.is_hub_name(formats.path_name(path)) else str(Path(path).absolute())
+    """An argparse type: a path that stays right in another directory."""
+    return str(Path(formats.path_name(path)).absolute())
+
+
+def model_name(path):
+    """An argparse type: an absolute path, or a name on the hub."""
+    return path if formats.is_hub_name(path) else absolute(path)
 
 
 def make_settings(args, pipeline):
@@ -608,7 +619,6 @@ def fingerprints(args):
                            "--checkpoint-activations or --lora")
 def main():
     """The command line."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
     args = parse_arguments()
@@ -642,7 +652,7 @@ def main():
     if processes.rank == 0:
         student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"
-              f"    python sampler.py {prompts[0]!r} --model {student!r}")
+              f"    {scale.sampling_command(prompts[0], student)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What is in a file: tensors, quantized or not; adapters; configurations; tokenizers.
 
-Nothing here knows which tensor is which; that is the matter of convert_weights.py. The headers are
-read here, not by the safetensors package: a row range of a tensor is mapped by itself, GGUF takes
-the same way, and a damaged file ends in one sentence.
+A network is recognized here by one of its tensors and a prefix; convert_weights.py has the tables
+of all names. The headers are read here, not by the safetensors package: a row range of a tensor is
+mapped by itself, GGUF takes the same way, and a damaged file ends in one sentence.
 """
 
 import argparse
@@ -36,7 +36,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }
-PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")       # that are numbers as they stand
+FLOATS = ("F64", "F32", "F16", "BF16")
+PLAIN = (*FLOATS, "F8_E4M3", "F8_E5M2")                            # that are numbers as they stand
 
 # GGUF's types by number: name, numbers in a block, bytes of a block. Its values: struct's letters.
 GGUF_TYPES = {
@@ -95,8 +96,8 @@ class Stored(NamedTuple):
 
     @property
     def dtype(self):
-        """The dtype of what it says: its own, or bfloat16 where it is quantized."""
-        return DTYPES[self.number_type] if self.number_type in PLAIN[:4] else torch.bfloat16
+        """Of a converted copy: the stored one of 16 bits or more; bfloat16 for 8 bits and less."""
+        return DTYPES[self.number_type] if self.number_type in FLOATS else torch.bfloat16
 
 
 def read(stored, first=0, rows=None):
@@ -495,7 +496,7 @@ def dequantize_gguf(data, kind):
     return torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType[kind]))
 
 
-def stored_format(stored):
+def layer_format(stored):
     """"fp8" or "int8" where a layer can use a weight as it is stored, or None."""
     if stored.number_type == "F8_E4M3" and stored.format != "mxfp8" and not stored.group:
         return "fp8"
@@ -557,8 +558,8 @@ def read_adapters(adapters, modules):
 def read_adapter(path, strength, modules):
     """An adapter file -> {official name: [(scale, parts, first row, rows)]}.
 
-    UserError for anything in the file that cannot be used. Two for one name: the file says it
-    twice.
+    UserError for anything in the file that cannot be used. A list has two entries where the file
+    has q alone and also q, k and v together; read_change compares them.
     """
     tensors, settings = open_adapter(path)
     found, strange = {}, []                   # prefix and module -> {part: Stored}
@@ -583,9 +584,10 @@ def read_adapter(path, strength, modules):
         check_adapter(f"{path}: {stem}", parts, (sum(rows), shapes[0][1]))
         scale = strength * adapter_scale(f"{path}: {stem}", parts, names[0], settings)
         for i, name in enumerate(names):
-            # A module of its own (one name) comes before one that stands for q, k and v.
-            place = 0 if len(names) == 1 else 9
-            changes.setdefault(name, []).insert(place, (scale, parts, sum(rows[:i]), rows[i]))
+            entries = changes.setdefault(name, [])
+            # A module of its own (one name) goes before one that stands for q, k and v.
+            place = 0 if len(names) == 1 else len(entries)
+            entries.insert(place, (scale, parts, sum(rows[:i]), rows[i]))
     return changes
 
 
@@ -620,8 +622,8 @@ def adapter_scale(where, parts, official, settings):
     except (AttributeError, re.error) as error:
         raise UserError(f"{where}: alpha_pattern is {patterns!r}: {error}") from None
     if "alpha" in parts:
-        alpha, root = read(parts["alpha"]).float().flatten().tolist()[:1], False
-        alpha = alpha[0] if alpha else None
+        numbers = read(parts["alpha"]).float().flatten().tolist()
+        alpha, root = numbers[0] if numbers else None, False
     if not is_number(alpha):
         raise UserError(f"{where}: alpha is {alpha!r}, which is not a number")
     return alpha / (math.sqrt(rank) if root else rank)
@@ -826,7 +828,21 @@ def embedded_config(kind, metadata):
 def config_like(kind, like):
     """The configuration of another place; where there is none, the release's."""
     has_one = like is not None and (Path(like) / "config.json").exists()
-    return component_files(kind, Path(like))[1] if has_one else NETWORKS[kind][1]()
+    return read_config(kind, Path(like))[0] if has_one else NETWORKS[kind][1]()
+
+
+def read_config(kind, folder):
+    """config.json in a network's folder -> its configuration, and whether the layout is official.
+
+    In our layout one file has the sections of all networks.
+    """
+    source = folder / "config.json"
+    data = read_json(source)
+    if NETWORKS.keys() & data.keys() or (folder / f"{kind}.safetensors").exists():
+        return parse_config(kind, data.get(kind), source, official=False), False
+    if "quantization_config" in data or (folder / "quantization_config.json").exists():
+        raise UserError(f"{folder}: the weights are quantized (quantization_config); {ADVICE}")
+    return parse_config(kind, data, source, official=True), True
 
 
 def has_type(value, kind):
@@ -1002,8 +1018,8 @@ SAMPLING_FILE = "sampling.json"       # our settings in an official directory, b
 def find_parts(path, named):
     """The parts of a model that are not named: {part: file or folder}, and its settings."""
     path = located(path, named)
-    if (path / "dit.safetensors").exists() and (path / "config.json").exists():
-        config = read_json(path / "config.json")
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if NETWORKS.keys() & config.keys() or (config and (path / "dit.safetensors").exists()):
         settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
         places = {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}
         return places, check_settings({"shift": None, **settings}, path / "config.json")
@@ -1039,7 +1055,10 @@ def located(path, named=()):
 
 
 def find_single_files(path, named):
-    """One file for each network, in a folder or beside a file, recognized by their names."""
+    """One file for each network, in a folder or beside a file.
+
+    A network is recognized by names of tensors (SIGNATURES); names of files do not matter.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist, and is no model on the hub")
     folder = path if path.is_dir() else path.parent
@@ -1163,14 +1182,8 @@ def component_files(kind, path):
     """The files of a network and its configuration; None where a file has none beside it."""
     if not path.is_dir():
         return [path], None
-    source = path / "config.json"
-    config = read_json(source)
-    if (path / f"{kind}.safetensors").exists():
-        section = parse_config(kind, config.get(kind), source, official=False)
-        return [path / f"{kind}.safetensors"], section
-    if "quantization_config" in config or (path / "quantization_config.json").exists():
-        raise UserError(f"{path}: the weights are quantized (quantization_config); {ADVICE}")
-    return shard_files(path), parse_config(kind, config, source, official=True)
+    config, official = read_config(kind, path)
+    return shard_files(path) if official else [path / f"{kind}.safetensors"], config
 
 
 def shard_files(folder):

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convert_weights import QUANTIZED, UserError
-from formats import hadamard, quantize_rows, quantize_weight, rotate, stored_format
+from formats import hadamard, layer_format, quantize_rows, quantize_weight, rotate
 from model import Attention, Decoder, Encoder
 
 # On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
@@ -45,13 +45,13 @@ def has_products(dtype, device):
     return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
 
 
-def bfloat16_replaces_int8(checkpoint, device, weights, dtype_is_given):
+def bfloat16_replaces_int8(model, device, weights, dtype_is_given):
     """Whether bfloat16 takes the place of int8, with a warning where int8 products are missing.
 
     That is so on a CPU that has bfloat16 products and no int8 ones.
     """
-    pieces = [network.pieces.values() for network in checkpoint.networks.values()]
-    is_stored = any(stored_format(piece.stored) == "int8" for piece in itertools.chain(*pieces))
+    pieces = [network.pieces.values() for network in model.networks.values()]
+    is_stored = any(layer_format(piece.stored) == "int8" for piece in itertools.chain(*pieces))
     if not (weights == "int8" or is_stored) or has_products(torch.int8, device):
         return False
     is_replaced = device.type == "cpu" and CPU_HAS_BFLOAT16 and not dtype_is_given
@@ -115,12 +115,12 @@ def bind(linear, weight, scale, group=0):
     linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
 
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def quantize_layer(linear, weight, kind):
     """Makes an nn.Linear a layer in "fp8" or "int8" with this weight (out, in), on its device."""
-    bind(linear, *quantize_weight(weight, DTYPES[kind]))
+    bind(linear, *quantize_weight(weight, QUANTIZED_DTYPES[kind]))
 
 
 def quantize(net, kind, device=None):
@@ -205,24 +205,25 @@ def tensors_of(*modules):
 class TakeTurns:
     """Of these networks only the one that computes is on the device; the others are on the host.
 
+    Hooks of the networks do it, and keep this object alive.
     The host keeps its tensors, mapped or not: unloading a network only drops the copy.
     """
 
     def __init__(self, networks, device):
         self.device = device
-        self.loaded = None
+        self.current = None                   # the network that is on the device
         self.host = {net: [(t, t.data) for t in tensors_of(net)] for net in networks}
         for net in networks:
             for part in net.children():       # `prepare` and `decode` call a part, not the network
-                part.register_forward_pre_hook(partial(self.load, net))
+                part.register_forward_pre_hook(partial(self.to_device, net))
 
-    def load(self, net, *_):
-        if self.loaded is not net:
-            for tensor, host in self.host.get(self.loaded, ()):
+    def to_device(self, net, *_):
+        if self.current is not net:
+            for tensor, host in self.host.get(self.current, ()):
                 tensor.data = host
             for tensor, host in self.host[net]:
                 tensor.data = host.to(self.device, copy=True)
-            self.loaded = net
+            self.current = net
 
 
 class BlockStream:
@@ -231,8 +232,8 @@ class BlockStream:
         computing                 block 0     block 1     block 2   ...
         copying      block 0      block 1     block 2     block 3   ...
 
-    On a GPU the copies run on a stream of their own, beside the computation if `pin`, which
-    copies the weights to page-locked host memory.
+    On a GPU the copies run on a stream of their own. With `pin` the weights are first copied to
+    page-locked host memory; only from there do copies and computation overlap.
     """
 
     def __init__(self, blocks, device, pin=False):
@@ -245,16 +246,16 @@ class BlockStream:
         self.loaded = {}                      # index of a block -> its weights on the device
         self.finished = None                  # event: the block before this one is computed
         for i, block in enumerate(blocks):
-            self.bind(i, self.host[i])
+            self.point_at(i, self.host[i])
             block.register_forward_pre_hook(partial(self.before, i))
             block.register_forward_hook(partial(self.after, i), always_call=True)
 
-    def load(self, i):
+    def to_device(self, i):
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             self.loaded[i] = [host.to(self.device, non_blocking=True, copy=True)
                               for host in self.host[i]]
 
-    def bind(self, i, weights):
+    def point_at(self, i, weights):
         for tensor, weight in zip(self.tensors[i], weights, strict=True):
             tensor.data = weight
 
@@ -262,21 +263,21 @@ class BlockStream:
         if i not in self.loaded:              # the first block
             if self.stream:                   # its memory may be the last block's, still computed
                 self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            self.load(i)
+            self.to_device(i)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.bind(i, self.loaded[i])
+        self.point_at(i, self.loaded[i])
 
     def after(self, i, *_):
-        """Block i is queued. Once block i - 1 is computed, its memory is free for block i + 1."""
-        self.bind(i, self.host[i])
+        """Called when block i is queued, not computed. Frees block i - 1, copies block i + 1."""
+        self.point_at(i, self.host[i])
         if self.finished:
             self.finished.synchronize()
         self.loaded.pop(i - 1, None)
         if self.stream:
             self.finished = torch.cuda.current_stream(self.device).record_event()
         if i + 1 < len(self.host):
-            self.load(i + 1)
+            self.to_device(i + 1)
         else:
             self.loaded.clear()
 
@@ -323,7 +324,7 @@ class SplitTokens(nn.Module):
         for block in blocks:
             block.attention.attend = partial(self.attend, block.attention.attend)
 
-    def share(self, x):
+    def own_part(self, x):
         """This process's part of x (B, S, ...), padded so that all parts have the same length."""
         length = -(-self.length // dist.get_world_size())
         first = dist.get_rank() * length
@@ -337,7 +338,7 @@ class SplitTokens(nn.Module):
     def forward(self, x, rope, mask, c):
         self.length = x.shape[1]
         cos, sin = rope
-        x, rope = self.share(x), (self.share(cos), self.share(sin))
+        x, rope = self.own_part(x), (self.own_part(cos), self.own_part(sin))
         for block in self.blocks:
             x = block(x, rope, mask, c)
         return gather(x, 1)[:, :self.length]                     # (B, S, dim)
@@ -355,8 +356,8 @@ def split_tokens(dit):
 
 # --- The VAE in tiles ---------------------------------------------------------------------------
 
-# Latent pixels around a tile. The encoder's layers that are computed in tiles look 4.5 of them
-# aside and the decoder's 12.25, but what lies beyond 8 changes less than rounding does.
+# Latent pixels around a tile. A pixel of the encoder depends on 4.5 of them beyond the tile, one of
+# the decoder on 12.25; but what lies beyond 8 changes less than rounding does.
 HALO = 8
 PASSES = 2        # as many as there are norms would be exact; with two there is no seam
 
@@ -364,7 +365,7 @@ PASSES = 2        # as many as there are norms would be exact; with two there is
 class TileNorm:
     """Stands in for a GroupNorm's forward while an image is computed tile by tile.
 
-    Mean and variance belong to the whole image. Each pass collects them from all tiles; `share`
+    Mean and variance belong to the whole image. Each pass collects them from all tiles; `end_pass`
     averages them for the next pass.
     """
 
@@ -385,7 +386,7 @@ class TileNorm:
         x = ((grouped.flatten(2) - mean) * (variance + self.norm.eps).rsqrt()).view_as(x)
         return x * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
 
-    def share(self):
+    def end_pass(self):
         pixels = sum(n for n, _, _ in self.seen)
         mean = sum(n * m for n, m, _ in self.seen) / pixels
         self.shared = mean, sum(n * (v + (m - mean) ** 2) for n, m, v in self.seen) / pixels
@@ -429,7 +430,7 @@ def in_tiles(layers, x, tile, down=1, up=1):
                 out[..., scaled(rows, up), scaled(columns, up)] = part[
                     ..., scaled(rows_core, up), scaled(columns_core, up)]
             for norm in norms:
-                norm.share()
+                norm.end_pass()
     finally:
         for norm in norms:
             del norm.norm.forward
@@ -469,15 +470,16 @@ def use_tiles(vae, tile=64, above=2e6):
 
 def find_device(name):
     """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
+    found = name
     if name == "auto":
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
-        if found == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun
-            found = f"cuda:{os.environ['LOCAL_RANK']}"
-        return torch.device(found)
+    if found == "cuda" and "LOCAL_RANK" in os.environ:           # torchrun: a GPU for each process
+        found = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        device = torch.device(found)
+        if name != "auto":
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
                         "--device cpu, or leave it out") from None
@@ -541,7 +543,7 @@ def weight_bytes(network, choice):
     dtype = torch.float32 if network.kind == "vae" else choice.dtype
     for name, piece in network.pieces.items():
         is_block = QUANTIZED.search(name)
-        is_kept = is_block and stored_format(piece.stored) in choice.keep
+        is_kept = is_block and layer_format(piece.stored) in choice.keep
         is_small = is_kept or (is_block and choice.weights)
         is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == dtype
         if piece.needed and (on_device or not (is_kept or is_same)):
@@ -552,7 +554,7 @@ def weight_bytes(network, choice):
 def memory_needed(networks, size, choice):
     """An estimate of the bytes that a run needs on its device, beside what is mapped.
 
-    networks: of a Checkpoint. size: (pixels of an image, images of a batch). The activations of
+    networks: of a StoredModel. size: (pixels of an image, images of a batch). The activations of
     the release take about 0.6 GB for each megapixel in the DiT, 5 GB in the VAE, which decodes
     one image at a time, and at most 2 GB there in tiles.
     """

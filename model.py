@@ -47,6 +47,7 @@ class Context(NamedTuple):
     caption: Tensor               # (B, M, dim) refined caption tokens
     rope: tuple[Tensor, Tensor]   # cos and sin, each (B, N + M, 1, d / 2): image, then caption
     mask: Tensor | None           # (B, 1, 1, N + M), true = attend; None: nothing is masked
+    size: tuple[int, int]         # h and w of the latents that the positions are for
 
 
 # --- Parts of both transformers -----------------------------------------------------------------
@@ -248,12 +249,13 @@ def joint_positions(lengths, m, h, w):
     """
     device = lengths.device
     rows, columns = h // PATCH, w // PATCH
-    n = rows * columns
-    positions = torch.zeros(len(lengths), round_up(n) + m, 3, dtype=torch.long, device=device)
-    positions[:, :n, 0] = 1 + round_up(lengths)[:, None]
-    positions[:, :n, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
-    positions[:, :n, 2] = torch.arange(columns, device=device).repeat(rows)
-    positions[:, round_up(n):, 0] = 1 + torch.arange(m, device=device)
+    patches = rows * columns
+    n = round_up(patches)                                        # image tokens with padding
+    positions = torch.zeros(len(lengths), n + m, 3, dtype=torch.long, device=device)
+    positions[:, :patches, 0] = 1 + round_up(lengths)[:, None]
+    positions[:, :patches, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
+    positions[:, :patches, 2] = torch.arange(columns, device=device).repeat(rows)
+    positions[:, n:, 0] = 1 + torch.arange(m, device=device)
     return positions
 
 
@@ -271,8 +273,8 @@ def joint_mask(lengths, n, m):
     padded = round_up(lengths)                                   # (B,)
     if not torch.compiler.is_compiling() and bool((padded == m).all()):
         return None
-    real = torch.arange(m, device=lengths.device) < padded[:, None]          # (B, m)
-    return F.pad(real, (n, 0), value=True)[:, None, None]        # (B, 1, 1, n + m)
+    is_visible = torch.arange(m, device=lengths.device) < padded[:, None]    # (B, m)
+    return F.pad(is_visible, (n, 0), value=True)[:, None, None]  # (B, 1, 1, n + m)
 
 
 class TimestepEmbedder(nn.Module):
@@ -371,22 +373,22 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def rope(self, positions):
-        """cos and sin of the rotary angles, each (B, S, 1, d/2), for positions (B, S, 3).
+        """cos and sin of the rotary angles, each (B, S, 1, d/2), d = head_dim, for (B, S, 3).
 
         Each axis turns its own part of a head. As in the official code the angles are computed in
         float64 and rounded to float32; on the CPU, because some devices have no float64.
         """
         angles = []
-        for axis, d in enumerate(self.config.axes_dims):
-            exponents = torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d
+        for axis, part in enumerate(self.config.axes_dims):
+            exponents = torch.arange(0, part, 2, dtype=torch.float64, device="cpu") / part
             places = torch.arange(self.config.axes_lens[axis], dtype=torch.float64, device="cpu")
             table = torch.outer(places, self.config.rope_theta ** -exponents).float()
-            angles.append(table.to(positions.device)[positions[..., axis]])      # (B, S, d/2)
-        angles = torch.cat(angles, -1).unsqueeze(2)              # (B, S, 1, head_dim/2)
+            angles.append(table.to(positions.device)[positions[..., axis]])      # (B, S, part/2)
+        angles = torch.cat(angles, -1).unsqueeze(2)              # (B, S, 1, d/2)
         return angles.cos(), angles.sin()
 
     def caption_tokens(self, text):
-        """Text -> (B, M, dim): embedded captions, each followed by the learned pad token."""
+        """Text -> (B, M, dim): embedded captions, filled up with the learned pad token."""
         features, lengths = text
         m = round_up(features.shape[1])
         tokens = self.cap_embedder(features.to(self.cap_pad_token.dtype))        # (B, L, dim)
@@ -395,7 +397,7 @@ class DiT(nn.Module):
         return torch.where(is_real.unsqueeze(-1), tokens, self.cap_pad_token)
 
     def prepare(self, text, h, w):
-        """Text and latent size -> Context. The same Context serves all steps of a prompt."""
+        """Text and latent size -> Context, for all steps of a prompt at this size."""
         caption = self.caption_tokens(text)                      # (B, M, dim)
         m = caption.shape[1]
         cos, sin = self.rope(joint_positions(text.lengths, m, h, w))             # (B, S, 1, d/2)
@@ -404,7 +406,7 @@ class DiT(nn.Module):
         caption_mask = None if mask is None else mask[..., -m:]
         for block in self.context_refiner:
             caption = block(caption, caption_rope, caption_mask)
-        return Context(caption, (cos, sin), mask)
+        return Context(caption, (cos, sin), mask, (h, w))
 
     def forward(self, x, t, text):
         """Velocity v = data - noise at noisy latents x.
@@ -415,12 +417,13 @@ class DiT(nn.Module):
         """
         b, _, h, w = x.shape
         context = text if isinstance(text, Context) else self.prepare(text, h, w)
+        assert context.size == (h, w), "the Context was prepared for latents of another size"
         c = self.t_embedder(t)                                   # (B, min(dim, 256))
 
         image = self.x_embedder(patchify(x).to(self.x_embedder.weight.dtype))    # (B, h/p*w/p, dim)
-        real = image.shape[1]
-        n = round_up(real)
-        padding = self.x_pad_token.expand(b, n - real, -1)
+        patches = image.shape[1]
+        n = round_up(patches)
+        padding = self.x_pad_token.expand(b, n - patches, -1)
         image = torch.cat((image, padding), 1)                   # (B, N, dim)
         cos, sin = context.rope
         for block in self.noise_refiner:
@@ -429,8 +432,8 @@ class DiT(nn.Module):
         z = torch.cat((image, context.caption.expand(b, -1, -1)), 1)             # (B, S, dim)
         for block in self.layers:
             z = block(z, context.rope, context.mask, c)
-        patches = self.final_layer(z[:, :real], c)               # (B, h/p*w/p, p * p * C)
-        return unpatchify(patches, h, w).type_as(x)              # (B, C, h, w)
+        v = self.final_layer(z[:, :patches], c)                  # (B, h/p*w/p, p * p * C)
+        return unpatchify(v, h, w).type_as(x)                    # (B, C, h, w)
 
 
 # --- VAE: image <-> latents, the autoencoder of Flux --------------------------------------------

@@ -38,7 +38,8 @@ from tqdm import tqdm
 import convert_weights
 import formats
 import hardware
-from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_checkpoint
+from convert_weights import UserError, load_dit, load_text_encoder, load_vae, open_model
+from files import new_file, rename_new
 from hardware import find_device, keep_freed_memory, quantize  # noqa: F401  (our interface)
 from model import PATCH, VAE, DiT, TextEncoder
 
@@ -172,8 +173,9 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
                    seed=0, noise=None, shift=None, **options):
     """`generate` from noised images instead of noise, after the first (1 - strength) of the steps.
 
-    image: PIL, or (1 or B, 3, H, W) in [-1, 1]. As in the official ZImageImg2ImgPipeline, a seed
-    draws the noise that samples the VAE's posterior, then the noise that is added.
+    image: PIL, or (1 or B, 3, height, width) in [-1, 1]. As in the official
+    ZImageImg2ImgPipeline, a seed draws the noise that samples the VAE's posterior, then the noise
+    that is added. options: the other arguments of `generate`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = check_size(pipeline, height, width)
@@ -261,9 +263,12 @@ def prepare_image(image, height, width):
 @torch.no_grad()
 def encode_image(pipeline, image, noise):
     """One or B images -> latents (B, C, h, w) on the CPU; `noise` samples the VAE's posterior."""
+    height, width = [side * pipeline.vae.config.downsampling for side in noise.shape[-2:]]
     if isinstance(image, Image.Image):
-        factor = pipeline.vae.config.downsampling
-        image = prepare_image(image, noise.shape[-2] * factor, noise.shape[-1] * factor)
+        image = prepare_image(image, height, width)
+    if image.shape[1:] != (3, height, width) or len(image) not in (1, len(noise)):
+        raise UserError(f"the image should have the shape (1 or {len(noise)}, 3, {height}, "
+                        f"{width}), not {tuple(image.shape)}")
     images = image.expand(len(noise), -1, -1, -1).to(pipeline.device)
     noise = noise.to(pipeline.device)
     # One at a time: the activations of the VAE are large.
@@ -288,24 +293,24 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
                   quantize_layer=None, **parts):
     """Loads a checkpoint -> Pipeline. dtype: of text encoder and DiT; the VAE runs in float32.
 
-    path: a directory of the official layout or ours, one file, a name on the hub, or a Checkpoint.
+    path: a directory of the official layout or ours, one file, a name on the hub, a StoredModel.
     parts: files that take the place of its "dit", "text_encoder", "vae", "tokenizer". adapters:
     (file, strength) pairs of LoRAs. keep, quantize_layer: see convert_weights.load.
     """
-    is_open = isinstance(path, convert_weights.Checkpoint)
-    checkpoint = path if is_open else open_checkpoint(path, **parts)
-    if checkpoint.shift_assumed:
-        warnings.warn(f"no file says the shift of the schedule; {checkpoint.settings['shift']} is "
+    is_open = isinstance(path, convert_weights.StoredModel)
+    model = path if is_open else open_model(path, **parts)
+    if model.shift_assumed:
+        warnings.warn(f"no file says the shift of the schedule; {model.settings['shift']} is "
                       "assumed (--shift)", stacklevel=2)
-    networks, how = checkpoint.networks, {"keep": keep, "quantize_layer": quantize_layer}
+    networks, how = model.networks, {"keep": keep, "quantize_layer": quantize_layer}
     return Pipeline(
-        tokenizer=checkpoint.tokenizer,
+        tokenizer=model.tokenizer,
         text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, **how),
         dit=load_dit(networks["dit"], device, dtype, adapters=adapters, **how),
         vae=load_vae(networks["vae"], device, torch.float32),
-        name=checkpoint.name,
+        name=model.name,
         device=torch.device(device),
-        **checkpoint.settings,
+        **model.settings,
     )
 
 
@@ -432,7 +437,7 @@ def parse_arguments(arguments=None):
     if args.context_parallel and (WORLD == 1 or args.offload):
         raise UserError("--context-parallel needs torchrun, and does not go with --offload")
     # Which of the images are this process's: every WORLD-th batch, or all of them.
-    args.share = (0, 1) if args.context_parallel else (RANK, WORLD)
+    args.rank_and_world = (0, 1) if args.context_parallel else (RANK, WORLD)
     return args
 
 
@@ -562,21 +567,21 @@ def save_png(image, path, info, index=0):
     text = PngImagePlugin.PngInfo()
     for key, value in info.items():           # file names need not be Unicode
         text.add_text(key, str(value).encode("utf-8", "replace").decode())
-    with convert_weights.new_file(path) as part:
+    with new_file(path) as part:
         image.save(part, format="PNG", pnginfo=text)
         for i in itertools.count(index):
             name = path.with_name(f"{path.stem}-{i}.png") if i else path
             with suppress(FileExistsError):
-                convert_weights.rename_new(part, name)
+                rename_new(part, name)
                 return name
 
 
-def check_memory(args, device, dtype, checkpoint, keep):
+def check_options_fit(args, device, dtype, model, keep):
     """UserError, with advice, if the run needs more memory than there is."""
-    size = checkpoint.settings.get("size", 1024)
+    size = model.settings.get("size", 1024)
     pixels = setting(args.height, size) * setting(args.width, size)
     batch = min(args.batch_size, args.num_images * len(args.prompt))
-    hardware.check_memory(checkpoint, device, (pixels, batch), hardware.Choice(
+    hardware.check_memory(model, device, (pixels, batch), hardware.Choice(
         dtype, args.weights, args.offload, keep, bool(args.lora)))
 
 
@@ -585,17 +590,17 @@ def build(args, device, dtype):
 
     Where the device lacks int8 products, args.weights and args.dtype may change.
     """
-    checkpoint = open_checkpoint(args.model, **{part: getattr(args, part) for part in PARTS})
+    model = open_model(args.model, **{part: getattr(args, part) for part in PARTS})
     if args.shift:
-        checkpoint = checkpoint._replace(shift_assumed=False)
+        model = model._replace(shift_assumed=False)
     keep = {args.weights, "int8"} - {None}
-    if hardware.bfloat16_replaces_int8(checkpoint, device, args.weights, "dtype" in args.given):
+    if hardware.bfloat16_replaces_int8(model, device, args.weights, "dtype" in args.given):
         args.dtype, dtype, keep = "bfloat16", torch.bfloat16, keep - {"int8"}
         args.weights = None if args.weights == "int8" else args.weights
-    check_memory(args, device, dtype, checkpoint, keep)
+    check_options_fit(args, device, dtype, model, keep)
     home = "cpu" if args.offload else device
     pipeline = load_pipeline(
-        checkpoint, home, dtype, args.lora, dict.fromkeys(keep, hardware.bind),
+        model, home, dtype, args.lora, dict.fromkeys(keep, hardware.bind),
         args.weights and partial(hardware.quantize_layer, kind=args.weights))
     pipeline.device = device
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
@@ -674,7 +679,7 @@ def read_batches(args):
         groups = ([line.strip()] * args.num_images for line in sys.stdin if line.strip())
     else:
         groups = [[prompt for prompt in args.prompt for _ in range(args.num_images)]]
-    done, (rank, world) = 0, args.share
+    done, (rank, world) = 0, args.rank_and_world
     for prompts in groups:
         for first in range(rank * args.batch_size, len(prompts), world * args.batch_size):
             yield done + first, prompts[first:first + args.batch_size]
@@ -687,7 +692,7 @@ def draw(args, pipeline, record, function):
     steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
     with tqdm(total=None if args.loop else steps, unit="step", disable=RANK > 0) as bar:
         def after_step(*_):
-            bar.update(args.share[1])
+            bar.update(args.rank_and_world[1])
 
         for first, prompts in read_batches(args):
             bar.set_description("drawing" if args.loop else f"{first + 1} of {count}")
@@ -726,7 +731,6 @@ def report(args, bar, entry):
     "--batch-size 1 or --dtype bfloat16")
 def main():
     """The command line."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     args = parse_arguments()
     image = read_image(args.init_image) if args.init_image else None
     device = find_device(args.device)

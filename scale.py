@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 from contextlib import contextmanager, nullcontext
@@ -32,11 +33,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import noop_context_fn
 from tqdm import tqdm
 
 import convert_weights
-from convert_weights import UserError, write_whole
+from convert_weights import UserError
+from files import temporary, write_whole
 from model import DiT, Text
 from sampler import encode_prompts
 
@@ -47,7 +50,8 @@ class AutocastNet:
     """(x, t, text) -> v of a network with matrix products in `dtype`; counts the items that pass.
 
     With parts > 1 a batch goes through in so many pieces, each computed again in the backward
-    pass. Memory is then that of one piece, and the gradient is that of the whole batch.
+    pass. Memory is then that of one piece. The gradient of the weights is that of the whole batch;
+    none reaches x.
     """
 
     def __init__(self, net, device, dtype, parts=1):
@@ -62,8 +66,8 @@ class AutocastNet:
         if len(text.lengths) > 1:
             texts = map(Text, *(tensor.chunk(self.parts) for tensor in text))
         if torch.is_grad_enabled() and self.parts > 1:
-            call = partial(checkpoint, self.net, use_reentrant=True)
-            x = x.detach().requires_grad_()    # a reentrant checkpoint needs an input with gradient
+            call = partial(recomputed, self.net, use_reentrant=True)
+            x = x.detach().requires_grad_()    # the reentrant kind needs an input with gradient
         with self.autocast():
             return torch.cat([*map(call, x.chunk(self.parts), t.chunk(self.parts), texts)])
 
@@ -75,7 +79,7 @@ def blocks_of(dit):
 def checkpoint_activations(dit, contexts=noop_context_fn):
     """Keeps only the inputs of blocks for the backward pass, which computes the rest again."""
     for block in blocks_of(dit):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        block.forward = partial(recomputed, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def plain_dit(config, state):
@@ -218,7 +222,8 @@ class SharedDraws(TorchFunctionMode):
     """As a context: random numbers belong to an item of the batch, not to a process.
 
     In it, torch.rand(..., B) and torch.randn((B, ...)) draw for the batch of all processes and
-    return this process's share. So the functions of distill.py need not know of processes.
+    return this process's share; other functions draw as always. So the functions of distill.py
+    need not know of processes.
     """
 
     def __init__(self, processes):
@@ -226,13 +231,14 @@ class SharedDraws(TorchFunctionMode):
         self.processes = processes
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        count, share = self.processes.count, self.processes.share
+        kwargs = kwargs or {}
+        count, own_part = self.processes.count, self.processes.share
         if function is torch.rand:
             draws = function(*args[:-1], args[-1] * count, **kwargs)
-            return share(draws.movedim(-1, 0)).movedim(0, -1)
+            return own_part(draws.movedim(-1, 0)).movedim(0, -1)
         if function is torch.randn:
-            return share(function(args[0][0] * count, *args[0][1:], **kwargs))
-        return function(*args, **(kwargs or {}))
+            return own_part(function(args[0][0] * count, *args[0][1:], **kwargs))
+        return function(*args, **kwargs)
 
 
 # --- What a run trains ----------------------------------------------------------------------------
@@ -297,8 +303,8 @@ def adam(weights, lr, momentum):
 def mean_loss(loss, latents, texts, shift):
     """loss(x, t, text, noise), averaged over latents (N, ...), given with their texts, and times.
 
-    With the teacher's flow loss and the teacher's latents it is the floor of the fake's loss: what
-    that would be if the student drew as the teacher does.
+    With the teacher's flow loss on the teacher's own latents this is the loss that the fake would
+    have if student and teacher made the same distribution.
     """
     generator, losses = torch.Generator().manual_seed(0), []
     u = torch.arange(0.05, 1, 0.1)
@@ -311,10 +317,10 @@ def mean_loss(loss, latents, texts, shift):
 
 
 @torch.no_grad()
-def interpolate(weights, targets, share):
-    """Moves `weights` by this share of the way to `targets`, in place."""
+def interpolate(weights, targets, fraction):
+    """Moves `weights` by this fraction of the way to `targets`, in place."""
     for name, target in targets.items():
-        weights[name].lerp_(target.detach(), share)
+        weights[name].lerp_(target.detach(), fraction)
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -427,7 +433,7 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
     target = folder / f"{progress.warmed + progress.done:08d}"
     folder.mkdir(exist_ok=True)
     try:
-        place = convert_weights.temporary(folder, ".part-", Path.mkdir)
+        place = temporary(folder, ".part-", Path.mkdir)
         with place if first else nullcontext() as made:
             part = processes.from_first(made)
             writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
@@ -505,6 +511,11 @@ def read_run(out):
     except UserError:
         return None
     return config if config.get("made_by") == "distill.py" else None
+
+
+def sampling_command(prompt, student):
+    """The command line that samples a student."""
+    return shlex.join(["python", "sampler.py", prompt, "--model", student])
 
 
 def as_arguments(args):

@@ -632,6 +632,15 @@ def test_device_by_default(monkeypatch):
         assert sampler.find_device("auto") == torch.device(expected)
 
 
+@pytest.mark.parametrize("name, expected", [
+    ("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch, name, expected):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(shape))
+    assert sampler.find_device(name) == torch.device(expected)
+
+
 def test_a_lora_changes_the_picture_and_is_recorded(tmp_path, pipeline):
     shape = pipeline.dit.layers[0].attention.to_q.weight.shape
     prefix = "diffusion_model.layers.0.attention.to_q"

@@ -327,9 +327,16 @@ def test_a_signal_at_any_process_ends_all(numbers, code, tmp_path):
 
 def test_a_hub_name_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert distill.absolute("owner/name") == "owner/name"
+    assert distill.model_name("owner/name") == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert distill.absolute("owner/name") == str(tmp_path / "owner" / "name")
+    assert distill.model_name("owner/name") == str(tmp_path / "owner" / "name")
+
+
+def test_a_new_folder_for_features_is_no_hub_name(tmp_path, monkeypatch):
+    """A relative name would be another folder when the run is resumed from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    args = distill.parse_arguments(["--cache-features", "runs/features"])
+    assert args.cache_features == str(tmp_path / "runs" / "features")
 
 
 def test_leftovers_of_a_dead_process_are_removed(finished):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -359,3 +360,11 @@ def test_draws_belong_to_the_item_not_to_the_process():
     g = torch.Generator().manual_seed(0)
     assert torch.equal(torch.cat([u for u, _ in shares], 1), torch.rand(2, 6, generator=g))
     assert torch.equal(torch.cat([n for _, n in shares]), torch.randn(6, 4, generator=g))
+    with processes.shared_draws():
+        assert torch.rand(3).shape == (3,) and torch.randn((3, 4)).shape == (3, 4)
+
+
+def test_the_command_that_samples_a_student_is_one_for_a_shell():
+    prompt = """a cat's "HI" $HOME"""
+    command = scale.sampling_command(prompt, "runs/my student")
+    assert shlex.split(command) == ["python", "sampler.py", prompt, "--model", "runs/my student"]

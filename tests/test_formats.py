@@ -599,10 +599,10 @@ class Bound:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_quantizing_while_loading_needs_one_tensor_more(kind, monkeypatch):
     """Each layer gets its tensor as it is stored, mapped, while later layers have none yet."""
-    build, modules, counts = convert_weights.build, [], []
+    empty_network, modules, counts = convert_weights.empty_network, [], []
 
     def remember(*arguments):
-        modules.append(build(*arguments))
+        modules.append(empty_network(*arguments))
         return modules[-1]
 
     def quantize_layer(linear, weight):
@@ -614,7 +614,7 @@ def test_quantizing_while_loading_needs_one_tensor_more(kind, monkeypatch):
         hardware.quantize_layer(linear, weight, kind)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_weights, "build", remember)
+        patch.setattr(convert_weights, "empty_network", remember)
         net = load_dit(PLACES["dit"], quantize_layer=quantize_layer)
     assert counts == [*range(7 * 7)]
     assert_same(net.state_dict(), hardware.quantize(load_dit(PLACES["dit"]), kind).state_dict())

@@ -308,6 +308,21 @@ def test_image_to_image_starts_from_the_noised_image(pipeline, monkeypatch):
     assert relative_error(x, latents) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 32, 40), (3, 3, 32, 48), (1, 1, 32, 48), (3, 32, 48)])
+def test_a_tensor_of_another_size_is_no_image_to_start_from(pipeline, shape):
+    with pytest.raises(UserError, match="should have the shape"):
+        sampler.image_to_image(pipeline, ["a cat", "a dog"], torch.zeros(shape), 0.5, 32, 48, 2)
+
+
+def test_a_context_is_for_latents_of_one_size(pipeline):
+    """Another shape with as many tokens would give wrong positions, and no error."""
+    text = sampler.encode_prompts(pipeline, ["a cat"])
+    context = pipeline.dit.prepare(text, 4, 8)
+    x, t = torch.randn(1, pipeline.dit.config.in_channels, 8, 4), torch.tensor([0.5])
+    with pytest.raises(AssertionError, match="another size"):
+        pipeline.dit(x, t, context)
+
+
 # --- Prompts and broken numbers -------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import convert_weights
+import files
 import formats
 import hardware
 import sampler
@@ -63,7 +64,7 @@ def test_names_at_full_size(component, kind, config):
     assert shapes == official["tensors"]
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == official["parameters"]
     ours = {name: shape for name, shape, needed in expected.values() if needed}
-    state = convert_weights.build(kind, config).state_dict()
+    state = convert_weights.empty_network(kind, config).state_dict()
     assert ours == {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert len({name for name, _, _ in expected.values()}) == len(expected)
 
@@ -82,7 +83,7 @@ def test_other_programs_names_are_unambiguous(component, kind, config):
 
 
 def test_dit_parameter_count():
-    dit = convert_weights.build("dit", DiTConfig())
+    dit = convert_weights.empty_network("dit", DiTConfig())
     assert sum(p.numel() for p in dit.parameters()) == 6_154_908_736
 
 
@@ -172,7 +173,7 @@ def test_what_a_student_knows_goes_everywhere(tmp_path):
     settings = {"shift": 2.5, "steps": 3, "guidance": 1.5, "size": 64, "trained_steps": 3}
     for layout in ("official", "comfy"):
         convert_weights.convert(tmp_path / "ours", tmp_path / layout, to=layout)
-        checkpoint = convert_weights.open_checkpoint(tmp_path / layout)
+        checkpoint = convert_weights.open_model(tmp_path / layout)
         assert checkpoint.settings == settings and not checkpoint.shift_assumed
         convert_weights.convert(tmp_path / layout, tmp_path / f"{layout} back")
         before, after = (load_file(tmp_path / name / "dit.safetensors")
@@ -200,7 +201,7 @@ def test_convert_dtype(tmp_path):
 def test_convert_to_int8(tmp_path, layout):
     """What is stored is what quantizing a loaded network gives, rotated; the rest is kept."""
     convert_weights.convert(TINY, tmp_path / "int8", dtype="int8", to=layout)
-    network = convert_weights.open_checkpoint(tmp_path / "int8").networks["dit"]
+    network = convert_weights.open_model(tmp_path / "int8").networks["dit"]
     before = load_dit(TINY / "transformer", dtype=None)
     after = load_dit(network, dtype=None, keep={"int8": hardware.bind})
     hardware.quantize(before, "int8")
@@ -262,7 +263,7 @@ def comfy(tmp_path_factory):
 
 
 def test_parts_replace_those_of_the_model(comfy):
-    checkpoint = convert_weights.open_checkpoint(
+    checkpoint = convert_weights.open_model(
         TINY, dit=comfy / "z_image.safetensors", vae=comfy / "ae.safetensors")
     assert checkpoint.networks["dit"].path == comfy / "z_image.safetensors"
     assert checkpoint.networks["text_encoder"].path == TINY / "text_encoder"
@@ -270,39 +271,88 @@ def test_parts_replace_those_of_the_model(comfy):
 
 
 def test_a_single_file_finds_what_lies_beside_it(comfy, tmp_path):
-    checkpoint = convert_weights.open_checkpoint(comfy / "z_image.safetensors")
+    checkpoint = convert_weights.open_model(comfy / "z_image.safetensors")
     assert checkpoint.files["vae"] == comfy / "ae.safetensors"
-    assert convert_weights.open_checkpoint(comfy).files == checkpoint.files
+    assert convert_weights.open_model(comfy).files == checkpoint.files
     alone = shutil.copy(comfy / "z_image.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(UserError) as error:
-        convert_weights.open_checkpoint(alone)
+        convert_weights.open_model(alone)
     for words in ("lacks text_encoder, vae, tokenizer",
                   "put qwen_3_4b.safetensors, ae.safetensors, tokenizer.json beside",
                   "--text-encoder qwen_3_4b.safetensors --vae ae.safet",
                   f"--model Tongyi-MAI/Z-Image-Turbo --dit {alone}"):
         assert words in str(error.value)
     with pytest.raises(UserError) as error:
-        convert_weights.open_checkpoint(vae=TINY / "vae")
+        convert_weights.open_model(vae=TINY / "vae")
     assert f"--vae {TINY / 'vae'}" in str(error.value) and "None" not in str(error.value)
     assert "--dit z_image_turbo_bf16.safetensors" in str(error.value)
-    checkpoint = convert_weights.open_checkpoint(
+    checkpoint = convert_weights.open_model(
         alone, text_encoder=TINY / "text_encoder", vae=TINY / "vae", tokenizer=TINY / "tokenizer")
     assert checkpoint.networks["vae"].path == TINY / "vae"
     twice = shutil.copytree(comfy, tmp_path / "twice")
     shutil.copy(twice / "ae.safetensors", twice / "another.safetensors")
     with pytest.raises(UserError, match="several files for the vae.*ae.safetensors"):
-        convert_weights.open_checkpoint(twice)
-    assert convert_weights.open_checkpoint(twice, vae=twice / "ae.safetensors")
+        convert_weights.open_model(twice)
+    assert convert_weights.open_model(twice, vae=twice / "ae.safetensors")
 
 
 def test_an_assumed_shift_is_said(comfy):
     """No file of other programs has the schedule's shift, and a component folder has none."""
     named = {"dit": TINY / "transformer", "text_encoder": TINY / "text_encoder",
              "vae": comfy / "ae.safetensors", "tokenizer": TINY / "tokenizer"}
-    checkpoint = convert_weights.open_checkpoint(**named)
+    checkpoint = convert_weights.open_model(**named)
     assert checkpoint.shift_assumed and checkpoint.settings == {"shift": 3.0}
-    checkpoint = convert_weights.open_checkpoint(**{**named, "dit": comfy / "z_image.safetensors"})
+    checkpoint = convert_weights.open_model(**{**named, "dit": comfy / "z_image.safetensors"})
     assert not checkpoint.shift_assumed           # we write it into the header
+
+
+@pytest.mark.parametrize("to", ["ours", "official"])
+def test_an_assumed_shift_that_is_written_is_said(comfy, tmp_path, to):
+    """In the new place it looks like any other shift, so this is the last occasion to say it."""
+    words = ["--dit", TINY / "transformer", "--text-encoder", TINY / "text_encoder"]
+    result = run_here(convert_weights.main, comfy / "ae.safetensors", tmp_path / "new", *words,
+                      "--to", to)
+    assert result.returncode == 0
+    assert result.stderr.count("warning: ") == 1 and "shift" in result.stderr
+    assert ".py" not in result.stderr
+    result = run_here(convert_weights.main, TINY, tmp_path / "other", "--to", to)
+    assert result.returncode == 0 and "shift" not in result.stderr
+
+
+def test_a_configuration_holds_where_the_weights_were_not_fetched(checkpoint, tmp_path):
+    """Of a model on the hub, parts that are named are not downloaded; their config.json is."""
+    (checkpoint / "vae/diffusion_pytorch_model.safetensors").unlink()
+    vae = TINY / "vae/diffusion_pytorch_model.safetensors"
+    model = convert_weights.open_model(checkpoint, vae=vae)
+    assert model.networks["vae"].config == convert_weights.open_model(TINY).networks["vae"].config
+    convert_weights.convert(TINY, tmp_path / "ours")
+    dit = shutil.move(tmp_path / "ours" / "dit.safetensors", tmp_path / "dit.safetensors")
+    model = convert_weights.open_model(tmp_path / "ours", dit=dit)
+    assert model.networks["dit"].config == convert_weights.open_model(TINY).networks["dit"].config
+    assert not model.shift_assumed
+    with pytest.raises(UserError, match="dit.safetensors"):
+        convert_weights.open_model(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("value, dtype, words", [
+    (1e5, "float16", ["too large", "--dtype"]), (float("nan"), "int8", ["damaged"]),
+    (float("nan"), "float32", ["damaged"])])
+def test_numbers_that_are_not_finite_are_not_written(checkpoint, tmp_path, value, dtype, words):
+    def damage(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    edit(checkpoint / "text_encoder/model.safetensors", damage)
+    result = run_here(convert_weights.main, checkpoint, tmp_path / "new", "--dtype", dtype)
+    assert refused(result, "layers.0.mlp.up_proj.weight", *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_quantized_network_is_not_saved_as_a_plain_one(tmp_path):
+    p = sampler.load_pipeline(TINY)
+    parts = sampler.quantize(p.dit, "int8"), p.text_encoder, p.vae, p.tokenizer, 3.0
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(UserError, match="the dit is quantized"):
+            convert_weights.save_pipeline(tmp_path / "saved", *parts, dtype=dtype)
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -385,7 +435,7 @@ def other(value):
 
 @functools.cache
 def open_tiny():
-    return convert_weights.open_checkpoint(TINY)
+    return convert_weights.open_model(TINY)
 
 
 @pytest.mark.filterwarnings("error")
@@ -394,7 +444,7 @@ def test_keys_of_configurations(checkpoint, file, key, fate):
     before = open_tiny()
     edit(checkpoint / file, lambda data: data.update({key: other(data[key])}))
     try:
-        after = convert_weights.open_checkpoint(checkpoint)
+        after = convert_weights.open_model(checkpoint)
     except UserError as error:
         assert fate in ("refused", "used"), error
         return
@@ -407,7 +457,7 @@ def test_keys_of_configurations(checkpoint, file, key, fate):
 def test_unknown_keys_are_warned_about(checkpoint, file):
     edit(checkpoint / file, {"sclaing_factor": 2})
     with pytest.warns(UserWarning, match=f"{file}: sclaing_factor"):
-        convert_weights.open_checkpoint(checkpoint)
+        convert_weights.open_model(checkpoint)
 
 
 @pytest.mark.parametrize("key", [*OUR_SETTINGS, "setps"])
@@ -418,17 +468,17 @@ def test_settings_of_our_own_configuration(tmp_path, key):
     edit(tmp_path / "ours/config.json", OUR_SETTINGS)
     edit(tmp_path / "ours/config.json", {key: other(OUR_SETTINGS.get(key, 1))})
     if key in OUR_SETTINGS:
-        settings = convert_weights.open_checkpoint(tmp_path / "ours").settings
+        settings = convert_weights.open_model(tmp_path / "ours").settings
         assert settings == {**OUR_SETTINGS, key: other(OUR_SETTINGS[key])}
         edit(tmp_path / "ours/config.json", {key: "3"})
     with pytest.raises(UserError, match=key):
-        convert_weights.open_checkpoint(tmp_path / "ours")
+        convert_weights.open_model(tmp_path / "ours")
 
 
 @pytest.mark.parametrize("name", ["ZImageImg2ImgPipeline", "ZImageInpaintPipeline"])
 def test_other_pipelines_with_the_same_networks(checkpoint, name):
     edit(checkpoint / "model_index.json", {"_class_name": name})
-    assert convert_weights.open_checkpoint(checkpoint)
+    assert convert_weights.open_model(checkpoint)
 
 
 @pytest.mark.parametrize("rope, good", [
@@ -472,7 +522,7 @@ def test_our_own_configuration_is_exact(tmp_path, change, words):
     convert_weights.convert(TINY, tmp_path / "ours")
     edit(tmp_path / "ours/config.json", change)
     with pytest.raises(UserError, match=f"config.json.*{words}"):
-        convert_weights.open_checkpoint(tmp_path / "ours")
+        convert_weights.open_model(tmp_path / "ours")
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -513,10 +563,10 @@ def test_tokenizers_that_do_not_fit(checkpoint, change, words):
     """Before a weight is read: tokens past the embedding, the template's tokens, randomness."""
     edit(checkpoint / "tokenizer/tokenizer.json", change)
     if words is None:
-        assert convert_weights.open_checkpoint(checkpoint)
+        assert convert_weights.open_model(checkpoint)
     else:
         with pytest.raises(UserError, match=words):
-            convert_weights.open_checkpoint(checkpoint)
+            convert_weights.open_model(checkpoint)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -529,11 +579,11 @@ def test_tokenizers_that_do_not_fit(checkpoint, change, words):
 def test_tokenizer_configurations(checkpoint, change, words):
     edit(checkpoint / "tokenizer/tokenizer_config.json", change)
     if words is None:
-        assert convert_weights.open_checkpoint(checkpoint)
+        assert convert_weights.open_model(checkpoint)
         (checkpoint / "tokenizer/chat_template.jinja").unlink()
         words = "chat template"
     with pytest.raises(UserError, match=words):
-        convert_weights.open_checkpoint(checkpoint)
+        convert_weights.open_model(checkpoint)
 
 
 def test_tokenizer_of_the_release_with_a_tiny_encoder(checkpoint):
@@ -705,14 +755,14 @@ def test_saving_replaces_all_or_nothing(tmp_path, monkeypatch):
 HANG = """
 import sys, time
 from pathlib import Path
-import convert_weights
+import files
 def write(part):
     part.write_text("half")
     print("writing", flush=True)
     time.sleep(60)
 if sys.argv[1] == "file":
-    convert_weights.write_whole("target", write)
-with convert_weights.new_directory("target", replace=True) as folder:
+    files.write_whole("target", write)
+with files.new_directory("target", replace=True) as folder:
     write(folder / "x")
 """
 
@@ -733,9 +783,9 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path, kind):
 
     def write():
         if kind == "file":
-            convert_weights.write_whole(tmp_path / "target", lambda part: part.write_text("new"))
+            files.write_whole(tmp_path / "target", lambda part: part.write_text("new"))
         else:
-            with convert_weights.new_directory(tmp_path / "target", replace=True) as folder:
+            with files.new_directory(tmp_path / "target", replace=True) as folder:
                 (folder / "x").write_text("new")
 
     dead = start()
@@ -785,9 +835,9 @@ def test_writers_that_come_between_each_other(tmp_path, monkeypatch):
         if len(made) == 1:                        # removed before it is locked
             path.unlink()
 
-    with convert_weights.temporary(tmp_path, ".part-", make) as part:
+    with files.temporary(tmp_path, ".part-", make) as part:
         assert part == made[1] and part.exists()
-        with convert_weights.temporary(tmp_path, ".part-", Path.touch) as other_part:
+        with files.temporary(tmp_path, ".part-", Path.touch) as other_part:
             assert part.exists() and other_part != part
     assert not [*tmp_path.iterdir()]
 
@@ -798,10 +848,10 @@ def test_writers_that_come_between_each_other(tmp_path, monkeypatch):
         return fcntl.flock.__wrapped__(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", functools.wraps(fcntl.flock)(lock))
-    with convert_weights.temporary(tmp_path, ".part-", make) as part:
+    with files.temporary(tmp_path, ".part-", make) as part:
         assert part.exists() and part != removed[0]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / ".part-gone"])
-    with convert_weights.temporary(tmp_path, ".part-", Path.touch) as part:
+    with files.temporary(tmp_path, ".part-", Path.touch) as part:
         assert part.exists()
 
 

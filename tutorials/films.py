@@ -12,9 +12,9 @@ from PIL import Image
 
 import figures as fig
 import plot_run
-from convert_weights import write_whole
 from distill import data_estimate, fake_loss, renoise, shift_time
 from figures import STUDENT
+from files import write_whole
 from pinwheel import TEXT, distill_pinwheel, fit_teacher, measure, samples, update
 from sampler import (
     encode_prompts,

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert_weights import Parser, UserError, is_number, read_json, run_command, write_whole
+from convert_weights import Parser, UserError, is_number, read_json, run_command
 from figures import CA, DM, FAKE, GREY, STUDENT
+from files import write_whole
 from sampler import read_image
 
 STRIPS = 6                                                # rows of samples, at most

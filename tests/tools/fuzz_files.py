@@ -339,7 +339,7 @@ def load_encoder(file):
 
 def load_all(folder):
     """All networks of a checkpoint, as one module."""
-    checkpoint = convert_weights.open_checkpoint(folder)
+    checkpoint = convert_weights.open_model(folder)
     return torch.nn.ModuleDict({kind: convert_weights.load(kind, network)
                                 for kind, network in checkpoint.networks.items()})
 

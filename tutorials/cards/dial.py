@@ -24,7 +24,7 @@ import sampler  # noqa: E402
 from convert_weights import (  # noqa: E402
     Parser,
     UserError,
-    build,
+    empty_network,
     number,
     run_command,
     save_pipeline,
@@ -38,7 +38,7 @@ def between(low, high, share):
     a, b = low.dit.state_dict(), high.dit.state_dict()
     if {name: w.shape for name, w in a.items()} != {name: w.shape for name, w in b.items()}:
         raise UserError("--low and --high are networks of different shapes")
-    dit = build("dit", low.dit.config)
+    dit = empty_network("dit", low.dit.config)
     weights = {name: torch.lerp(w.float(), b[name].float(), share) for name, w in a.items()}
     dit.load_state_dict(weights, assign=True)
     return replace(low, dit=dit.eval().requires_grad_(False))

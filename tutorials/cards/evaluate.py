@@ -33,13 +33,8 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import reader  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import (  # noqa: E402
-    Parser,
-    UserError,
-    number,
-    run_command,
-    write_whole,
-)
+from convert_weights import Parser, UserError, number, run_command  # noqa: E402
+from files import write_whole  # noqa: E402
 from formats import path_name  # noqa: E402
 
 GROUPS = ("unseen_words", "en", "zh", "open", "given")

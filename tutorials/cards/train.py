@@ -51,13 +51,8 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import (  # noqa: E402
-    Parser,
-    UserError,
-    run_command,
-    save_pipeline,
-    write_whole,
-)
+from convert_weights import Parser, UserError, run_command, save_pipeline  # noqa: E402
+from files import write_whole  # noqa: E402
 from model import (  # noqa: E402
     VAE,
     Context,
@@ -206,7 +201,7 @@ def velocity(nets, x, t, ids, lengths, tokens):
     caption_rope = tuple(part[:, -tokens:] for part in rope)
     for block in dit.context_refiner:
         caption = block(caption, caption_rope, None)
-    return dit(x, t, Context(caption, rope, None))
+    return dit(x, t, Context(caption, rope, None, tuple(x.shape[-2:])))
 
 
 _angles = {}

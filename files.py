@@ -1,0 +1,122 @@
+"""Files that are written whole or not at all: beside their place, then renamed.
+
+    write_whole(path, write)     a file
+    new_directory(path)          a directory
+    temporary(folder, ...)       what both are made of
+
+A process that is killed leaves nothing half-written under a name that anybody reads.
+"""
+
+import os
+import secrets
+import shutil
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from formats import UserError
+
+try:
+    import fcntl
+except ImportError:           # Windows
+    fcntl = None
+
+
+@contextmanager
+def temporary(folder, prefix, make):
+    """A path folder/prefix..., made by make(path), and removed at the end unless it was renamed.
+
+    Its writer holds a lock on it, which the system drops when the process ends, however it ends. So
+    a path of this kind that is not locked was left by a dead process, and is removed first.
+    """
+    for old in folder.glob(f"{prefix}*"):
+        with locked(old) as is_mine:
+            if is_mine:
+                remove(old)
+    with ExitStack() as stack:
+        for _ in range(3):                    # another writer may remove a path before it is locked
+            path = folder / f"{prefix}{secrets.token_hex(4)}.new"     # torch.save wants a suffix
+            make(path)
+            stack.callback(remove, path)
+            if stack.enter_context(locked(path)) or not fcntl:
+                break
+        yield path
+
+
+@contextmanager
+def locked(path):
+    """Locks a file or directory, gives whether that was possible. On Windows it never is."""
+    descriptor, is_mine = None, False
+    if fcntl:
+        with suppress(OSError):               # another process holds it, or has removed it
+            descriptor = os.open(path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = path.exists()
+    try:
+        yield is_mine
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove(path):
+    """Removes a file or directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path, write):
+    """Calls write(part) with a name beside `path`, then renames it: old or new, never a half."""
+    with new_file(path) as part:
+        write(part)
+        os.replace(part, path)
+
+
+@contextmanager
+def new_file(path):
+    """A file beside `path`, to be written and renamed to it. UserError where that fails."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path.parent, ".part-", Path.touch) as part:
+            yield part
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def rename_new(part, path):
+    """Renames a file. FileExistsError where there is another one of this name already."""
+    try:
+        os.link(part, path)
+    except OSError:                           # it exists, or the file system has no links
+        path.open("x").close()
+        os.replace(part, path)
+
+
+@contextmanager
+def new_directory(path, replace=False):
+    """A directory to write in; its files come to lie in `path` when the block ends well.
+
+    `path` must be new or empty. With `replace` it may hold files; those of the same names are
+    replaced at the end, one after the other. After an error in the block all is as it was.
+    """
+    path = Path(path)
+    taken = path.exists() and (not path.is_dir() or any(
+        not file.name.startswith(".part-") for file in path.iterdir()))
+    if taken and not (replace and path.is_dir()):
+        raise UserError(f"{path} exists already; name a new directory, or remove it first")
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:                                  # inside: on the same file system, whatever is mounted
+            with temporary(path, ".part-", Path.mkdir) as part:
+                yield part
+                for file in part.iterdir():
+                    os.replace(file, path / file.name)
+        finally:
+            if made and not any(path.iterdir()):
+                path.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
