@@ -309,8 +309,9 @@ class Run:
         times = time_schedule(pipeline.steps, pipeline.shift)
         reference = self.sample(self.nets.teacher, times, pipeline.guidance)
         self.reference_std = float(reference.std())
+        all_times = shift_time(torch.arange(0.05, 1, 0.1), settings.shift)
         self.fake_floor = scale.mean_loss(
-            partial(self.nets.fake_loss, self.nets.teacher), reference, self.shown, settings.shift)
+            partial(self.nets.fake_loss, self.nets.teacher), reference, self.shown, all_times)
         self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
 
     def encode(self, items):

@@ -184,13 +184,16 @@ def read_safetensors(path):
     metadata = dict(header.pop("__metadata__", None) or {})
     tensors, end = {}, 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        number_type, shape = entry["dtype"], entry["shape"]
+        first, last = entry["data_offsets"]
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2 ** 48 for n in [*shape, first]):
             raise ValueError(f"{name} has an impossible shape")
-        size = math.prod(shape) * DTYPES[kind].itemsize if kind in DTYPES else last - first
+        size = last - first
+        if number_type in DTYPES:
+            size = math.prod(shape) * DTYPES[number_type].itemsize
         if 8 + length + first != end or last - first != size or size < 0:
             raise ValueError(f"{name} is not where it should be")
-        tensors[name] = Stored(path, name, kind, tuple(shape), end, size)
+        tensors[name] = Stored(path, name, number_type, tuple(shape), end, size)
         end += size
     if end != file_size:
         raise ValueError(f"it has {file_size} bytes, and should have {end}")
@@ -251,13 +254,13 @@ def read_gguf(path):
         if number not in GGUF_TYPES:
             raise UserError(f"{path}: {name} is of GGUF's type "
                             f"{GGUF_NOT_READ.get(number, number)}; {ADVICE}")
-        kind, block, block_size = GGUF_TYPES[number]
+        number_type, block, block_size = GGUF_TYPES[number]
         size = math.prod(dims) // block * block_size
         is_whole = not dims or dims[0] % block == 0
         if not is_whole or offset % alignment or start + offset + size > file_size:
             raise ValueError(f"{name} is not where it should be")
-        form = "plain" if kind in DTYPES else "gguf"
-        found[name] = Stored(path, name, kind, tuple(dims[::-1]), start + offset, size, form)
+        form = "plain" if number_type in DTYPES else "gguf"
+        found[name] = Stored(path, name, number_type, tuple(dims[::-1]), start + offset, size, form)
     architecture = metadata.get("general.architecture", ARCHITECTURES[0])
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path} holds a network of the architecture {architecture!r}; Z-Image has "

@@ -300,20 +300,19 @@ def adam(weights, lr, momentum):
 
 
 @torch.no_grad()
-def mean_loss(loss, latents, texts, shift):
-    """loss(x, t, text, noise), averaged over latents (N, ...), given with their texts, and times.
+def mean_loss(loss, latents, texts, times):
+    """loss(x, t, text, noise), averaged over latents (N, ...) with their texts, and over times.
 
     With the teacher's flow loss on the teacher's own latents this is the loss that the fake would
     have if student and teacher made the same distribution.
     """
     generator, losses = torch.Generator().manual_seed(0), []
-    u = torch.arange(0.05, 1, 0.1)
-    for t in u / (u + shift * (1 - u)):
+    for t in times:
         parts = latents.split([len(text.lengths) for text in texts])
         for x, text in zip(parts, texts, strict=True):
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             losses.append(loss(x, t.to(x.device).expand(len(x)), text, noise) * len(x))
-    return float(torch.stack(losses).sum() / (len(u) * len(latents)))
+    return float(torch.stack(losses).sum() / (len(times) * len(latents)))
 
 
 @torch.no_grad()
