@@ -263,6 +263,21 @@ def equal_calls():
     print("\n".join(lines))
 
 
+def sentences(columns=10):
+    """The bundled student in four steps on cards/sentences.txt, seeds 0, 1, ..., not judged."""
+    from sampler import load_pipeline, read_prompts
+    torch.set_num_threads(1)
+    prompts = read_prompts(WORLD / "sentences.txt")
+    images = draw_pictures(load_pipeline(WORLD / "student"), prompts, 4, 0.0)
+    rows = -(-len(prompts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns, 1.18 * rows))
+    for i, (axis, image) in enumerate(zip(axes.flat, images, strict=True)):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.set_title(i + 1, fontsize=8, pad=2)
+        axis.axis("off")
+    save(figure, "sentences.png", palette=True, dpi=128)
+
+
 def film():
     import films
     films.pinwheel_film(IMAGES)
@@ -298,6 +313,7 @@ FIGURES = {                                              # name: (how, what and 
     "rope": (lambda: diagram("rope"), "positions of tokens; 1 s"),
     "hero": (hero, "teacher and student at equal evaluations; 30 s"),
     "equal_calls": (equal_calls, "both at 1, 2, 4, 8 evaluations, in two languages; 1 minute"),
+    "sentences": (sentences, "thirty sentences that nobody trained on; 20 s"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF; 1 minute"),
     "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
     "observer": (observer, "what DM removes, on the cards; 5 minutes after the collapse"),
