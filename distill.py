@@ -18,9 +18,9 @@ there say where to push x. The push has two terms, each with its own tau and noi
 alpha is the guidance scale; the guidance of sampler.py is alpha - 1. What differs from Algorithm 1:
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-Where the paper says nothing: z_t comes from the Euler steps of sampler.py; all items of a batch are
-at one step. Each term is divided by mean |x - x_hat(teacher, text)| of its item, then both are
-added. The fake learns at five times the student's rate, without momentum. An average is saved.
+Where the paper says nothing: z_t comes from the Euler steps of sampler.py; a batch is at one step.
+Each term is divided by mean |x - x_hat(teacher, text)| of its item, then both are added. The fake
+learns at five times the student's rate, without momentum. What is saved is averaged weights.
 """
 
 import json
