@@ -542,22 +542,27 @@ def save_pipeline(  # noqa: PLR0913
 def main():
     parser = Parser(description="Convert a Z-Image model to another layout, or check a download.")
     add = parser.add_argument
-    add("source", metavar="SRC", nargs="?", help="a directory, a hub name (owner/name), or a file")
-    add("target", metavar="DST", nargs="?", help="the directory to make")
+    add("source", metavar="SRC", nargs="?", type=formats.path_name,
+        help="a directory, a hub name (owner/name), or a file")
+    add("target", metavar="DST", nargs="?", type=formats.path_name, help="the directory to make")
     add("--to", choices=[*TARGETS], default="ours", help="layout of DST (default: ours)")
     add("--dtype", choices=["bfloat16", "float16", "float32", "int8"],
         help="of DiT and text encoder (default: as stored)")
-    add("--check", metavar="DIR", help="compare a downloaded Turbo release with its MD5 list")
+    add("--check", type=formats.path_name, metavar="DIR",
+        help="compare a downloaded Turbo release with its MD5 list")
     add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
     args = parser.parse_intermixed_args()     # options may stand between SRC and DST
-    if args.check is not None and not args.source:
+    if args.check is not None:
+        others = {**vars(args), "check": None}
+        if others != vars(parser.parse_args([])):
+            parser.error("--check DIR goes alone")
         results = formats.check_release(args.check)
         print("\n".join(f"{state:8} {name}" for name, state in results))
         if wrong := [f"{name} ({state})" for name, state in results if state != "ok"]:
             raise UserError(f"{len(wrong)} of {len(results)} files differ from the release: "
                             f"{', '.join(wrong)}")
         print("all files are those of the release")
-    elif args.check is None and args.target:
+    elif args.target:
         dtype = args.dtype if args.dtype in (None, "int8") else getattr(torch, args.dtype)
         convert(args.source, args.target, args.to, dtype, args.lora, dit=args.dit,
                 text_encoder=args.text_encoder, vae=args.vae, tokenizer=args.tokenizer)

@@ -491,8 +491,9 @@ def train(pipeline, prompts, settings, args, callback=None, **changes):
                 if callback:
                     callback(p.done, student)
             run.end_if_asked(stop.number)
+        student = student or run.save()        # a run that had ended, or was stopped before saving
     pipeline.text_encoder.to(pipeline.device)  # back from where a FeatureCache has left it
-    return student or run.averaged_student()
+    return student
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -589,7 +590,7 @@ def resumed_arguments(args, given):
     """The options of the run in args.out, and over them those that are given now."""
     out = Path(args.out)
     config = scale.read_run(out)
-    if config is None or not any((out / "checkpoints").glob("[0-9]*")):
+    if config is None or not scale.checkpoints(out / "checkpoints"):
         raise UserError(f"--resume: there is no checkpoint of a run in {out}")
     words = config.get("arguments")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -643,12 +644,9 @@ def main():
         warnings.warn("the teacher was distilled already: guidance changes it little, so CA has "
                       "little effect", stacklevel=1)
     settings = make_settings(args, pipeline)
-    if processes.rank == 0:
-        scale.prepare_folder(args, {"made_by": "distill.py", "torch": torch.__version__,
-                                    "fingerprints": fingerprints(args),
-                                    "arguments": scale.as_arguments(args)})
-    processes.from_first()
-    with processes.end_together():
+    config = {"made_by": "distill.py", "torch": torch.__version__,
+              "fingerprints": fingerprints(args), "arguments": scale.as_arguments(args)}
+    with scale.folder_of_run(args, config, processes), processes.end_together():
         train(pipeline, prompts, settings, args)
     if processes.rank == 0:
         student = str(Path(args.out) / "student")

@@ -2,12 +2,14 @@
 
     write_whole(path, write)     a file
     new_directory(path)          a directory
-    temporary(folder, ...)       what both are made of
+    temporary(folder, make)      what both are made of
+    alone_in(folder)             no other process writes there
 
 A process that is killed leaves nothing half-written under a name that anybody reads.
 """
 
 import os
+import re
 import secrets
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,20 +23,29 @@ except ImportError:           # Windows
     fcntl = None
 
 
+PART = re.compile(r"\.part-[0-9a-f]{8}\.new")       # torch.save wants a suffix
+
+
+def new_name():
+    """A name of this form that nobody else has."""
+    return f".part-{secrets.token_hex(4)}.new"
+
+
 @contextmanager
-def temporary(folder, prefix, make):
-    """A path folder/prefix..., made by make(path), and removed at the end unless it was renamed.
+def temporary(folder, make):
+    """A path in `folder`, made by make(path), and removed at the end unless it was renamed.
 
     Its writer holds a lock on it, which the system drops when the process ends, however it ends. So
-    a path of this kind that is not locked was left by a dead process, and is removed first.
+    a path with a name of this form that is not locked was left by a dead process, and is removed
+    first.
     """
-    for old in folder.glob(f"{prefix}*"):
+    for old in [path for path in folder.iterdir() if PART.fullmatch(path.name)]:
         with locked(old) as is_mine:
             if is_mine:
                 remove(old)
     with ExitStack() as stack:
         for _ in range(3):                    # another writer may remove a path before it is locked
-            path = folder / f"{prefix}{secrets.token_hex(4)}.new"     # torch.save wants a suffix
+            path = folder / new_name()
             make(path)
             stack.callback(remove, path)
             if stack.enter_context(locked(path)) or not fcntl:
@@ -66,8 +77,39 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(folder):
+    """Makes a folder that is this process's while the context lasts. UserError if it is taken.
+
+    The system frees it when the process ends, however it ends. On Windows nothing is locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    with ExitStack() as stack:
+        if fcntl:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process works in {folder}: wait for its end, or name "
+                                "another folder") from None
+            except OSError:                   # a file system without locks
+                pass
+        yield
+
+
 def write_whole(path, write):
-    """Calls write(part) with a name beside `path`, then renames it: old or new, never a half."""
+    """Calls write(part) with a name beside `path`, then renames it: old or new, never a half.
+
+    A link stays a link. Devices and pipes, such as /dev/null, are written to directly.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write(path)
+        return
     with new_file(path) as part:
         write(part)
         os.replace(part, path)
@@ -79,7 +121,7 @@ def new_file(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path.parent, ".part-", Path.touch) as part:
+        with temporary(path.parent, Path.touch) as part:
             yield part
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
@@ -104,14 +146,14 @@ def new_directory(path, replace=False):
     """
     path = Path(path)
     taken = path.exists() and (not path.is_dir() or any(
-        not file.name.startswith(".part-") for file in path.iterdir()))
+        not PART.fullmatch(file.name) for file in path.iterdir()))
     if taken and not (replace and path.is_dir()):
         raise UserError(f"{path} exists already; name a new directory, or remove it first")
     made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         try:                                  # inside: on the same file system, whatever is mounted
-            with temporary(path, ".part-", Path.mkdir) as part:
+            with temporary(path, Path.mkdir) as part:
                 yield part
                 for file in part.iterdir():
                     os.replace(file, path / file.name)

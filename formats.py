@@ -204,7 +204,8 @@ def unique(pairs):
     """Pairs of name and value -> dict. ValueError where a name comes twice."""
     pairs = list(pairs)
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name comes twice")
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says twice: {some({n for n in names if names.count(n) > 1})}")
     return dict(pairs)
 
 
@@ -304,7 +305,7 @@ FORMATS = {
     "int8_tensorwise": "I8", "int8_rowwise": "I8", "nvfp4": "U8", "mxfp8": "F8_E4M3",
 }
 # The types that each scale may have, where that is not one scale of plain numbers.
-SCALE_TYPES = {"nvfp4": (("F8_E4M3", "U8"), PLAIN[:4]), "mxfp8": (("U8", "F8_E8M0"),)}
+SCALE_TYPES = {"nvfp4": (("F8_E4M3", "U8"), FLOATS), "mxfp8": (("U8", "F8_E8M0"),)}
 SCALES = {"weight_scale": 0, "scale_weight": 0, "weight_scale_2": 1}
 BESIDE_A_WEIGHT = (*SCALES, "comfy_quant", "input_scale", "scale_input")
 ROTATED = 256         # columns in a group of ComfyUI's int8 files
@@ -360,7 +361,7 @@ def describe_scales(stored):
 def fits_format(stored, form, group):
     """Whether type, shape, scales and group of a tensor are those of its format."""
     scales = [scale for scale in stored.scales if scale is not None]
-    allowed = SCALE_TYPES.get(form, (PLAIN[:4],))
+    allowed = SCALE_TYPES.get(form, (FLOATS,))
     if form in ("plain", "gguf"):
         return (form == "gguf" or stored.number_type in PLAIN) and not scales
     if FORMATS.get(form) != stored.number_type or len(stored.shape) != 2:
@@ -605,9 +606,32 @@ def open_adapter(path):
         text = metadata.get("lora_adapter_metadata", "{}")
         settings = {name.removeprefix("transformer."): value
                     for name, value in parse_json(text, f"{path}: lora_adapter_metadata").items()}
-    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{path}: of peft's adapters only the plain LoRA is supported")
+    check_peft(settings, path)
     return tensors, settings
+
+
+# Settings of peft's LoraConfig that make an adapter more than B A.
+NOT_PLAIN_LORA = ("use_dora", "bias", "lora_bias", "modules_to_save", "layer_replication",
+                  "use_qalora", "alora_invocation_tokens", "trainable_token_indices",
+                  "target_parameters", "arrow_config")
+# Others change the weights below the adapter as well (PiSSA, OLoRA, LoftQ, CorDA).
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def check_peft(settings, path):
+    """UserError where peft's settings are not those of a plain LoRA."""
+    off = (None, False, "none", [], {})
+    strange = [key for key in NOT_PLAIN_LORA if settings.get(key) not in off]
+    if settings.get("init_lora_weights") not in PLAIN_STARTS:
+        strange.append("init_lora_weights")
+    if settings.get("use_rslora") not in (None, True, False):
+        strange.append("use_rslora")
+    if settings.get("peft_type", "LORA") != "LORA":
+        strange.append("peft_type")
+    if strange:
+        values = ", ".join(f"{key} = {settings[key]!r}"[:200] for key in strange)
+        raise UserError(f"{path}: of peft's adapters only the plain LoRA is supported; here "
+                        f"{values}")
 
 
 def adapter_scale(where, parts, official, settings):
@@ -619,9 +643,10 @@ def adapter_scale(where, parts, official, settings):
     patterns = settings.get("alpha_pattern") or {}
     alpha, root = settings.get("lora_alpha", rank), bool(settings.get("use_rslora"))
     try:
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", official.removesuffix(".weight")):
-                alpha = value
+        module = official.removesuffix(".weight")
+        found = [value for pattern, value in patterns.items()
+                 if re.match(rf"(.*\.)?({pattern})$", module)]
+        alpha = found[0] if found else alpha
     except (AttributeError, re.error) as error:
         raise UserError(f"{where}: alpha_pattern is {patterns!r}: {error}") from None
     if "alpha" in parts:
@@ -732,6 +757,9 @@ REQUIRED = {
 }
 # The names of pipelines that sample these networks, so that model_index.json may have them.
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+# Other classes in model_index.json that compute the same.
+OTHER_CLASSES = {"tokenizer": ("Qwen2TokenizerFast", "PreTrainedTokenizerFast"),
+                 "text_encoder": ("Qwen3Model",)}
 # Keys that do not change a picture. There is a warning for every other key.
 WITHOUT_EFFECT = set("""_diffusers_version _name_or_path architectures attention_dropout
     base_image_seq_len base_shift bos_token_id dtype eos_token_id force_upcast initializer_range
@@ -757,6 +785,7 @@ REFERENCE_DEFAULTS = {
 TYPES = {int: "a whole number above 0", float: "a number", tuple: "a list of whole numbers above 0"}
 # What a checkpoint says about how it is sampled.
 SETTINGS = {"shift": float, "steps": int, "guidance": float, "size": int, "trained_steps": int}
+LARGEST = {"shift": 1e3, "steps": 10_000, "guidance": 1e3, "size": 2 ** 15, "trained_steps": 10_000}
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
                  "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 NETWORKS = {
@@ -881,7 +910,8 @@ def rotary_theta(data, path):
     """Qwen's rotary embedding in its newer or older spelling -> {} or {"rope_theta": ...}."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1 or rope.keys() - known:
         raise UserError(f"{path}: only the plain rotary embedding is supported, not {rope!r}")
     layer_types = data.get("layer_types") or []
     if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
@@ -904,7 +934,12 @@ def check_model_index(path):
     if index.get("_class_name", PIPELINES[0]) not in PIPELINES:
         raise UserError(f"{path}: _class_name is {index['_class_name']!r}; only "
                         f"{', '.join(PIPELINES)} are supported")
-    warn_of_unknown(index.keys() - OFFICIAL_JSON["model_index.json"].keys(), path)
+    usual = OFFICIAL_JSON["model_index.json"]
+    warn_of_unknown(index.keys() - usual.keys(), path)
+    for part in index.keys() & usual.keys() - {"_class_name"}:
+        names = [usual[part][1], *OTHER_CLASSES.get(part, ())]
+        if not isinstance(index[part], list) or index[part][-1] not in names:
+            raise UserError(f"{path}: {part} is {index[part]!r}; only {some(names)} is supported")
 
 
 def warn_of_unknown(keys, path):
@@ -928,6 +963,8 @@ def check_settings(settings, path):
             kind = tuple              # a student for several numbers of steps
         if not has_type(value, kind) or (kind is float and value < 0):
             raise UserError(f"{path}: {key} should be {TYPES[SETTINGS[key]]}, not {value!r}")
+        if max(value if kind is tuple else [value]) > LARGEST[key]:
+            raise UserError(f"{path}: {key} is {value!r}, which is above {LARGEST[key]}")
     return settings
 
 
@@ -955,7 +992,26 @@ def load_tokenizer(path):
     if whole != bare:
         raise UserError(f"{path} adds tokens to each prompt (its post_processor), which Z-Image "
                         "was not trained with")
+    check_added_tokens(tokenizer, path.parent / "tokenizer_config.json")
     return tokenizer
+
+
+def check_added_tokens(tokenizer, path):
+    """UserError where tokenizer_config.json adds tokens that tokenizer.json does not have."""
+    config = read_json(path) if path.exists() else {}
+    try:
+        added = config.get("added_tokens_decoder") or {}
+        wanted = [(entry["content"], int(number)) for number, entry in added.items()]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = config.get(key) or ()
+            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            wanted += [(t["content"] if isinstance(t, dict) else t, None) for t in tokens]
+        found = [(token, number, tokenizer.token_to_id(token)) for token, number in wanted]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(f"{path} does not list its added tokens as transformers does") from None
+    for token, number, known in found:
+        if known is None or number not in (None, known):
+            raise UserError(f"{path} adds the token {token!r}, which tokenizer.json does not have")
 
 
 def check_chat_template(folder):
@@ -1033,6 +1089,8 @@ def find_parts(path, named):
     check_official(config, "scheduler", source, {"shift"})
     more = read_json(path / SAMPLING_FILE) if (path / SAMPLING_FILE).exists() else {}
     check_settings(more, path / SAMPLING_FILE)
+    if "shift" in more:
+        raise UserError(f"{path / SAMPLING_FILE}: the shift belongs into {source}")
     check_chat_template(path / "tokenizer")
     check_model_index(path / "model_index.json")
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
@@ -1147,8 +1205,7 @@ def wanted_weights(path, listed, named):
             files += [f"{folder}/{file.name}" for file in shard_files(path / folder)]
         else:
             found = [name for name in listed if re.fullmatch(rf"{folder}/[^/]*\.safetensors", name)]
-            found.sort(key=lambda name: (len(name), name))
-            files += found if found and "-of-" in found[0] else found[:1]
+            files += [f"{folder}/{file.name}" for file in chosen_weights(map(Path, found), folder)]
     return files
 
 
@@ -1189,19 +1246,41 @@ def component_files(kind, path):
     return shard_files(path) if official else [path / f"{kind}.safetensors"], config
 
 
+def plain_first(paths):
+    """Sorted, those without the name of a variant first."""
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+
+def chosen_weights(files, folder):
+    """Of the weight files in an official folder those to read: all shards, or one file.
+
+    diffusers and transformers know them by their names. Another name is used if it is the only
+    one, but for variants.
+    """
+    files = plain_first(files)
+    official = [file for file in files
+                if re.match(r"(diffusion_pytorch_)?model[.-]", file.name)]
+    files = official or files
+    if any("-of-" in file.name for file in files[:1]):
+        return files
+    if len({file.name.split(".")[0] for file in files}) > 1:
+        raise UserError(f"{folder} has several files of weights, and only one can be meant: "
+                        f"{some([file.name for file in files])}")
+    return files[:1]
+
+
 def shard_files(folder):
     """The weights of an official component: what its index names, or the only file.
 
     Names may have a variant: model.fp16.safetensors, model.safetensors.index.fp16.json. Plain names
     come first.
     """
-    plain_first = partial(sorted, key=lambda path: (len(path.name), path.name))
     indices = plain_first(folder.glob("*.safetensors.index*.json"))
     if not indices:
-        files = plain_first(folder.glob("*.safetensors"))
+        files = chosen_weights(folder.glob("*.safetensors"), folder)
         if not files:
             raise UserError(f"{folder} holds no .safetensors file: the weights are missing")
-        return files if "-of-" in files[0].name else files[:1]
+        return files
     weight_map = read_json(indices[0]).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     for name in names or [None]:
@@ -1328,7 +1407,7 @@ def write_json(path, data):
 def parse_json(text, where):
     """The JSON object in a text. UserError where there is none."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=unique)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(data, dict):

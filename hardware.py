@@ -486,6 +486,15 @@ def find_device(name):
     return device
 
 
+def torchrun_rank():
+    """(number of this process, number of processes) as torchrun says; (0, 1) without it."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment: torchrun "
+                        "sets both; without it, unset them")
+    return int(rank), int(world)
+
+
 def keep_freed_memory():
     """Asks Linux's C library to keep large freed blocks.
 

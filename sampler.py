@@ -199,6 +199,8 @@ def token_ids(tokenizer, prompt):
         encoded = tokenizer.encode(templated, add_special_tokens=False)
     except (TypeError, UnicodeError):
         raise UserError(f"the prompt {beginning!r} is not valid Unicode text") from None
+    except Exception as error:                # the library raises bare Exception
+        raise UserError(f"the tokenizer cannot read {beginning[:80]!r}: {error}") from None
     ids = encoded.ids[:MAX_TOKENS]
     if len(encoded.ids) > MAX_TOKENS or beginning != prompt:
         end = encoded.offsets[len(ids) - 1][1]
@@ -324,11 +326,14 @@ ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTE
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
             "cfg_normalization": 0.0, "cfg_truncation": 1.0, "guidance_every": 1, "device": "auto",
             "upscale": "lanczos", "out": Path("image.png"), "lora": []}
+# The options that a picture may name, for --like; make_record writes them.
 OF_GUIDANCE = "negative_prompt", "cfg_normalization", "cfg_truncation", "guidance_every"
+# The options that a picture may name, for --like; make_record writes them.
+RECORDED = {"seed", "size", "batch_size", "dtype", "upscale", "weights", "attention", "compile",
+            "tile", "strength", "steps", "guidance", "shift", *OF_GUIDANCE}
 # Options that name files. A picture records their names and fingerprints, for --like.
 PARTS = "dit", "text_encoder", "vae", "tokenizer"
 FILES = "model", *PARTS, "lora", "init_image"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun
 
 
 def width_and_height(text):
@@ -419,6 +424,8 @@ def parse_arguments(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_intermixed_args(split_offload(arguments))
     args.given = {name for name, value in vars(args).items() if value not in (None, [])}
+    args.loop = "-" in args.prompt
+    args.rank, args.world = hardware.torchrun_rank()
     if args.size:
         if args.height or args.width:
             raise UserError("--size says both sides: leave out --height and --width")
@@ -434,17 +441,16 @@ def parse_arguments(arguments=None):
     if args.model is None and not any(getattr(args, part) for part in PARTS):
         args.model = find_bundled()
     add_prompts(args)
-    if args.context_parallel and (WORLD == 1 or args.offload):
+    if args.context_parallel and (args.world == 1 or args.offload):
         raise UserError("--context-parallel needs torchrun, and does not go with --offload")
     # Which of the images are this process's: every WORLD-th batch, or all of them.
-    args.rank_and_world = (0, 1) if args.context_parallel else (RANK, WORLD)
+    args.rank_and_world = (0, 1) if args.context_parallel else (args.rank, args.world)
     return args
 
 
 def add_prompts(args):
-    """Completes args.prompt from --prompts, and says in args.loop whether they come by and by."""
-    args.loop = "-" in args.prompt
-    if args.loop and (args.prompt != ["-"] or args.prompts or WORLD > 1):
+    """Completes args.prompt from --prompts. In a loop (args.loop) prompts come by and by."""
+    if args.loop and (args.prompt != ["-"] or args.prompts or args.world > 1):
         raise UserError("- reads the prompts: leave out other prompts, --prompts and torchrun")
     if args.loop and sys.stdin is None:
         raise UserError("- reads prompts from standard input, which is closed")
@@ -460,19 +466,25 @@ def read_recorded(parser, args):
     try:
         with Image.open(args.like) as image:
             text = dict(image.text)
-        words = [word_of(name, text[name]) for name in json.loads(text["options"])]
+        names = json.loads(text["options"])
+        if not {*names} <= RECORDED:
+            raise UserError(f"it names options that no picture has: {[*names]!r}"[:200])
+        words = [word_of(name, text[name]) for name in names]
         known = vars(parser.parse_args(words))
         known["width"], known["height"] = known.pop("size")
         known["prompt"] = [] if args.prompts else [text["prompt"]]
-        for name, files in json.loads(text["files"]).items():
+        recorded_files = json.loads(text["files"])
+        if not recorded_files.keys() <= {*FILES}:
+            raise UserError(f"it names files that no picture has: {[*recorded_files]!r}"[:200])
+        for name, files in recorded_files.items():
             if getattr(args, name) in (None, []):
-                found = [(find_file(args.like, name, *file[:2]), *file[2:]) for file in files]
+                found = [(find_file(args.like, name, *file[:2]), *map(float, file[2:]))
+                         for file in files]
                 known[name] = found if name == "lora" else found[0][0]
-    except OSError as error:
-        reason = error.strerror or "it is not a picture"
-        raise UserError(f"cannot read {args.like}: {reason}") from None
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
+    except (OSError, NotImplementedError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {args.like}: {unreadable(error)}") from None
     except (AttributeError, LookupError, TypeError, ValueError, SyntaxError, RecursionError):
         raise UserError(f"{args.like} does not say how this program made it") from None
     return {name: value for name, value in known.items() if value is not None}
@@ -494,10 +506,10 @@ def file_mark(path):
 
 def find_file(picture, option, name, digest):
     """The file or model that a picture was made with: here, beside the picture, or bundled."""
-    if digest is None:
+    if digest is None and formats.is_hub_name(name):
         return name
     for path in (Path(name), Path(picture).parent / name, *BUNDLED):
-        if path.exists() and file_mark(path)[1] == digest:
+        if digest and path.exists() and file_mark(path)[1] == digest:
             return str(path)
     raise UserError(f"it was made with {name}, which is not here or has changed; name it with "
                     f"--{option.replace('_', '-')}")
@@ -513,6 +525,13 @@ def read_prompts(path):
     return [line.strip() for line in lines if line.strip()]
 
 
+def unreadable(error):
+    """Why Pillow cannot read a picture."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has more than 179 million pixels"
+    return getattr(error, "strerror", None) or "it is not a picture, or damaged"
+
+
 def read_image(path):
     """A picture file -> RGB: upright, on white where transparent, 16-bit grays kept."""
     try:
@@ -523,10 +542,13 @@ def read_image(path):
             gray = np.array(image).astype(np.int64)
             gray = gray >> 8 if gray.max() > 255 else gray
             image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError("its numbers are floating-point; save it with 8 or 16 bits")
         image = image.convert("RGBA")
+    except UserError as error:
+        raise UserError(f"cannot read the image {path}: {error}") from None
     except Exception as error:                # what Pillow's many decoders raise
-        reason = getattr(error, "strerror", None) or "it is not a picture, or damaged"
-        raise UserError(f"cannot read the image {path}: {reason}") from None
+        raise UserError(f"cannot read the image {path}: {unreadable(error)}") from None
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -591,6 +613,10 @@ def build(args, device, dtype):
     Where the device lacks int8 products, args.weights and args.dtype may change.
     """
     model = open_model(args.model, **{part: getattr(args, part) for part in PARTS})
+    if args.model and Path(args.model).is_file():         # the others were found beside it
+        args.model = None
+        for part in PARTS:
+            setattr(args, part, str(model.files[part]))
     if args.shift:
         model = model._replace(shift_assumed=False)
     keep = {args.weights, "int8"} - {None}
@@ -675,7 +701,7 @@ def make_record(args, pipeline, settings, size):
 def read_batches(args):
     """The batches of this process: (number of the first image, prompts)."""
     if args.loop:
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         groups = ([line.strip()] * args.num_images for line in sys.stdin if line.strip())
     else:
         groups = [[prompt for prompt in args.prompt for _ in range(args.num_images)]]
@@ -690,7 +716,7 @@ def draw(args, pipeline, record, function):
     """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end."""
     count = len(args.prompt) * args.num_images
     steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
-    with tqdm(total=None if args.loop else steps, unit="step", disable=RANK > 0) as bar:
+    with tqdm(total=None if args.loop else steps, unit="step", disable=args.rank > 0) as bar:
         def after_step(*_):
             bar.update(args.rank_and_world[1])
 
@@ -705,7 +731,7 @@ def draw(args, pipeline, record, function):
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
                 continue
             seconds = round(time.perf_counter() - start, 2)
-            if RANK and args.context_parallel:
+            if args.rank and args.context_parallel:
                 images = ()                                      # the first process saves them
             for i, image in enumerate(images):
                 entry = {"prompt": prompts[i], **record, "seed": args.seed + first + i,

@@ -14,12 +14,13 @@ tutorials/from_laptop_to_cluster.md has the commands.
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ from tqdm import tqdm
 
 import convert_weights
 from convert_weights import UserError
-from files import temporary, write_whole
+from files import alone_in, new_name, temporary, write_whole
+from hardware import torchrun_rank
 from model import DiT, Text
 from sampler import encode_prompts
 
@@ -166,7 +168,7 @@ class Processes:
 
     def __init__(self, device):
         self.device = device
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.count = torchrun_rank()
         if self.count > 1 and device.type == "cuda":
             torch.cuda.set_device(device)     # fully_shard and nccl take the current device
         if self.count > 1 and not dist.is_initialized():
@@ -360,6 +362,7 @@ class FeatureCache:
 
     def __init__(self, folder, pipeline, prompts, key, processes):
         self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
+        self.width = pipeline.text_encoder.config.hidden_size
         key = [*key, str(next(pipeline.text_encoder.parameters()).dtype)]
         if processes.rank == 0 and not note.exists():
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
@@ -378,19 +381,28 @@ class FeatureCache:
     def file(self, i):
         return self.folder / f"{i // self.SIZE:06d}.safetensors"
 
-    def __call__(self, items):
-        features = []
-        for i in items:
+    def read(self, i):
+        """The features of prompt i, (L, D)."""
+        try:
             with safe_open(self.file(i), "pt") as file:
-                features.append(file.get_tensor(str(i)))
+                features = file.get_tensor(str(i))
+            if features.shape[1:] != (self.width,) or not features.isfinite().all():
+                raise ValueError(f"wrong features of prompt {i}")
+        except FILE_FAULTS as error:
+            raise UserError(f"{self.file(i)} is damaged ({first_line(error)}); remove it, and its "
+                            "prompts are encoded again") from None
+        return features
+
+    def __call__(self, items):
+        features = [self.read(i) for i in items]
         lengths = torch.tensor([len(f) for f in features], device=self.device)
         return Text(nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.device), lengths)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
-               dcp.api.CheckpointException)
+FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+               SafetensorError, dcp.api.CheckpointException)
 
 
 @dataclass
@@ -423,6 +435,11 @@ class StopSignals:
             signal.signal(n, handler)
 
 
+def checkpoints(folder):
+    """The checkpoints in a folder, the newest at the end. Other names are the user's own."""
+    return sorted(path for path in folder.glob("*") if re.fullmatch("[0-9]{8,}", path.name))
+
+
 def save_checkpoint(folder, tensors, progress, keep, processes):
     """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled.
 
@@ -432,7 +449,7 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
     target = folder / f"{progress.warmed + progress.done:08d}"
     folder.mkdir(exist_ok=True)
     try:
-        place = temporary(folder, ".part-", Path.mkdir)
+        place = temporary(folder, Path.mkdir)
         with place if first else nullcontext() as made:
             part = processes.from_first(made)
             writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
@@ -442,9 +459,9 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
                 os.replace(part, target)
     except FILE_FAULTS as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from None
-    for old in sorted(folder.glob("[0-9]*"))[:-keep] if first else ():
+    for old in checkpoints(folder)[:-keep] if first else ():
         # Renamed first: a process that is killed here leaves no half checkpoint under such a name.
-        gone = folder / f".part-{old.name}"
+        gone = folder / new_name()
         os.replace(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -465,7 +482,7 @@ def load_checkpoint(out, tensors, processes):
 
     Lines of log.jsonl that are newer are cut off. A new run has no checkpoint and stands at 0.
     """
-    folders = sorted((out / "checkpoints").glob("[0-9]*"))
+    folders = checkpoints(out / "checkpoints")
     if not folders:
         return Progress()
     try:
@@ -487,9 +504,17 @@ def load_checkpoint(out, tensors, processes):
 def read_progress(path):
     """progress.json -> Progress. ValueError or TypeError where it is damaged."""
     progress = Progress(**convert_weights.read_json(path))
-    for name, value in asdict(Progress()).items():
-        if type(getattr(progress, name)) is not type(value):
-            raise ValueError(f"{name} is {getattr(progress, name)!r}")
+    for name, default in asdict(Progress()).items():
+        value = getattr(progress, name)
+        numbers = [value] if name != "recent" else [n for line in value for n in line.values()]
+        good = type(value) is type(default) and all(type(n) in (int, float) for n in numbers)
+        if not good or not all(math.isfinite(n) for n in numbers):
+            raise ValueError(f"{name} is {value!r}")
+    counts = progress.warmed, progress.done, progress.skipped, progress.in_a_row
+    if min(counts) < 0 or progress.warmed + progress.done != int(path.parent.name):
+        raise ValueError(f"iteration {progress.done} is not that of {path.parent.name}")
+    if len({tuple(line) for line in progress.recent}) > 1:
+        raise ValueError("recent has lines of different kinds")
     return progress
 
 
@@ -529,21 +554,41 @@ def as_arguments(args):
     return words
 
 
-def prepare_folder(args, config):
-    """Makes args.out the folder of this run; config.json says how to repeat it."""
+def check_folder(args):
+    """UserError where args.out cannot be the folder of a run with these options."""
     out = Path(args.out)
+    for name in ("teacher", "prompts", "cache_features"):
+        place = Path(getattr(args, name) or os.devnull).resolve()
+        would_be_removed = args.overwrite and out.resolve() in place.parents
+        if would_be_removed or (name == "teacher" and place in out.resolve().parents):
+            raise UserError(f"--out {out} and --{name.replace('_', '-')} {place} lie in one "
+                            "another: take another --out")
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         if read_run(out) is None:
             raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
         if not args.overwrite:
             raise UserError(f"there is a run in {out}: go on with it by --resume, remove it by "
                             "--overwrite, or give another --out")
-        for name in ("checkpoints", "samples", "student"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("lora.safetensors", "log.jsonl", "config.json"):
-            (out / name).unlink(missing_ok=True)
-    write_whole(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
-    (out / "log.jsonl").touch()
+
+
+@contextmanager
+def folder_of_run(args, config, processes):
+    """A context in which args.out is this run's alone; config.json says how to repeat it."""
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            out = Path(args.out)
+            check_folder(args)
+            stack.enter_context(alone_in(out))
+            if args.overwrite:
+                for name in ("checkpoints", "samples", "student"):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                for name in ("lora.safetensors", "log.jsonl", "config.json"):
+                    (out / name).unlink(missing_ok=True)
+            text = json.dumps(config, indent=1)
+            write_whole(out / "config.json", lambda part: part.write_text(text))
+            (out / "log.jsonl").touch()
+        processes.from_first()
+        yield
 
 
 def picture_grid(images, columns=8):

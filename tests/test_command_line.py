@@ -18,9 +18,11 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+import files
 import hardware
 import sampler
 from conftest import ROOT, TINY, Failing, Recorder, refused, run, run_here
+from convert_weights import UserError
 
 SMALL = ("--model", TINY, "--size", "48x32", "--steps", 2)
 
@@ -99,7 +101,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch, has_links)
     if not has_links:
         monkeypatch.setattr(os, "link", NoLinks())
     image = Image.new("RGB", (8, 8))
-    (tmp_path / ".part-dead").write_bytes(b"half")
+    (tmp_path / files.new_name()).write_bytes(b"half")
     save = Image.Image.save
 
     def stop(self, part, **options):
@@ -161,6 +163,7 @@ def feed(monkeypatch, data):
     (b"a cat\na dog\n", ["image.png", "image-1.png"], 0),
     ("造相 ⚡️\n\n \na dog".encode(), ["image.png", "image-1.png"], 0),      # no newline at the end
     (b"\xff\xfe\na cat\n", ["image-1.png"], 1),
+    (b"\xef\xbb\xbfa cat\n", ["image.png"], 0),                    # some Windows shells send it
     (b"", [], 0)])
 def test_prompt_loop(monkeypatch, data, paths, errors):
     feed(monkeypatch, data)
@@ -319,10 +322,68 @@ GOOD = {"prompt": "a cat", "seed": "1", "size": "48x32", "steps": "2", "files": 
     {}, {**GOOD, "steps": "1e9"}, {**GOOD, "size": "big"}, {**GOOD, "files": "{"},
     {**GOOD, "options": '["unknown"]', "unknown": "1"}, {**GOOD, "options": '["out"]', "out": "x"},
     {**GOOD, "files": '{"model": 3}'}, {**GOOD, "options": "3"},
+    {**GOOD, "files": '{"prompt": [["x.png", null]]}'},
+    {**GOOD, "files": '{"out": [["x.png", null]]}'}, {**GOOD, "files": "[]"},
+    {**GOOD, "files": '{"lora": [["other.png", null]]}'},
+    {**GOOD, "files": '{"lora": [["owner/name", null, "x"]]}'},
+    {**GOOD, "files": '{"vae": [["/etc/passwd", null]]}'},
+    {**GOOD, "options": '["num_images"]', "num_images": "3"},
+    {**GOOD, "options": '["prompts"]', "prompts": "/etc/passwd"},
+    {**GOOD, "options": '["device"]', "device": "cpu"},
     {key: value for key, value in GOOD.items() if key != "prompt"}])
 def test_like_with_other_pictures(text):
     Image.new("RGB", (8, 8)).save("other.png", pnginfo=png_with(text))
     refused(run_here(sampler.main, "--like", "other.png"), "other.png")
+
+
+def test_like_of_a_picture_whose_prompt_is_a_dash(tmp_path, monkeypatch):
+    """A dash reads prompts from standard input on the command line alone."""
+    (tmp_path / "prompts.txt").write_text("-\n")
+    feed(monkeypatch, b"a dog\n")
+    draw("--prompts", tmp_path / "prompts.txt", *SMALL)
+    draw("--like", "image.png", "--model", TINY)
+    assert same_pixels("image.png", "image-1.png")
+    assert Image.open("image-1.png").text["prompt"] == "-"
+
+
+def test_like_knows_the_files_that_were_found_beside_the_model(tmp_path):
+    folder = tmp_path / "comfy"
+    convert_weights.convert(TINY, folder, to="comfy")
+    draw("a cat", "--model", folder / "z_image.safetensors", "--steps", 2, "--size", "48x32",
+         "--out", folder / "a.png")
+    draw("--like", folder / "a.png", "--out", "b.png")
+    assert same_pixels(folder / "a.png", "b.png")
+    weights = load_file(folder / "ae.safetensors")
+    save_file({name: 1.1 * w for name, w in weights.items()}, folder / "ae.safetensors")
+    refused(run_here(sampler.main, "--like", folder / "a.png"), "ae.safetensors", "--vae")
+
+
+def test_a_very_large_picture_is_called_so(monkeypatch):
+    draw("a cat", *SMALL)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    refused(run_here(sampler.main, "--like", "image.png"), "million pixels")
+    refused(run_here(sampler.main, "a cat", "--init-image", "image.png", *SMALL), "million pixels")
+
+
+def test_a_picture_of_floating_point_numbers_is_refused():
+    Image.new("F", (48, 32), 0.5).save("float.tiff")
+    refused(run_here(sampler.main, "a cat", "--init-image", "float.tiff", *SMALL), "floating-point")
+
+
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("abc", "2"), ("0", "0"), ("-1", "2")])
+def test_an_environment_that_is_not_torchrun_s(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    refused(run_here(sampler.main, "a cat", *SMALL), "RANK", "torchrun")
+
+
+def test_a_tokenizer_that_fails_ends_in_one_sentence(pipeline):
+    """tokenizers raises a bare Exception, for instance for an unknown token without a name."""
+    class Unknown:
+        def encode(self, text, **options):
+            raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")
+    with pytest.raises(UserError, match="the tokenizer cannot read 'a cat'.*UNK"):
+        sampler.token_ids(Unknown(), "a cat")
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "a.jpg", "text.png", "."])
@@ -662,9 +723,8 @@ def test_processes_share_the_images_out(monkeypatch):
     prompts = [f"prompt {i}" for i in range(5)]
     draw(*prompts, *SMALL, "--out", "one.png")
     for rank in (1, 0, 2):                                       # in any order
-        monkeypatch.setattr(sampler, "RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setattr(sampler, "WORLD", 3)
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 3)):
+            monkeypatch.setenv(name, str(value))
         result = draw(*prompts, *SMALL, "--out", "many.png")
         assert len(result.stdout.splitlines()) == (2 if rank < 2 else 1)
         assert ("step" in result.stderr) == (rank == 0)          # one progress bar

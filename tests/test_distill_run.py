@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import distill
+import files
 import formats
 import sampler
 import scale
@@ -340,7 +341,7 @@ def test_a_new_folder_for_features_is_no_hub_name(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_dead_process_are_removed(finished):
-    (finished.out / "checkpoints" / ".part-1234").mkdir()
+    (finished.out / "checkpoints" / files.new_name()).mkdir()
     assert finished.resume("--iterations", 3).returncode == 0
     assert not list(finished.out.rglob("*.part*"))
 
@@ -356,7 +357,11 @@ def drop_tensors(path):
 @pytest.mark.parametrize("name, content", [
     ("progress.json", b""), ("progress.json", b"[]"), ("progress.json", b'{"done": 1, "else": 2}'),
     ("progress.json", b'{"done": "3"}'), ("progress.json", b'{"done": NaN}'),
-    ("progress.json", b'{"recent": 5}'), ("*.safetensors", b"not a checkpoint"),
+    ("progress.json", b'{"recent": 5}'), ("progress.json", b'{"done": 2, "recent": [1]}'),
+    ("progress.json", b'{"done": 2, "recent": [{"loss": "x"}]}'),
+    ("progress.json", b'{"done": 2, "recent": [{"loss": 1.0}, {"other": 1.0}]}'),
+    ("progress.json", b'{"done": 1000000000}'), ("progress.json", b'{"done": -2}'),
+    ("progress.json", b'{"done": 2, "seconds": NaN}'), ("*.safetensors", b"not a checkpoint"),
     ("*.safetensors", b""), ("../../log.jsonl", b"\xff\xfe"), ("../../log.jsonl", b"[1]\n"),
     ("../../log.jsonl", b'{"iteration": null}\n'), ("../../config.json", b"{}"),
     ("../../config.json", b'{"made_by": "distill.py"}'),
@@ -391,6 +396,55 @@ def test_a_damaged_checkpoint_can_be_removed(finished):
     assert refused(finished.resume(), "00000002")
     shutil.rmtree(finished.out / "checkpoints" / "00000002")
     assert finished.resume().returncode == 0 and same_tensors(whole, finished.tensors())
+
+
+@pytest.mark.parametrize("name", ["0-notes.txt", "00000001-good", "00000003.old", "1-notes.txt"])
+def test_only_eight_digits_are_a_checkpoint(finished, name):
+    own = finished.out / "checkpoints" / name
+    if name.endswith(".txt"):
+        own.write_text("mine")
+    else:
+        shutil.copytree(finished.out / "checkpoints" / "00000001", own)
+    assert finished.resume("--iterations", 3, "--keep", 1).returncode == 0
+    assert finished.checkpoints() == sorted(["00000003", name])
+    assert finished.log()[-1]["iteration"] == 3
+
+
+def test_a_student_that_is_missing_is_written_from_the_checkpoint(finished):
+    before = (finished.out / "student" / "dit.safetensors").read_bytes()
+    shutil.rmtree(finished.out / "student")
+    result = finished.resume()
+    assert result.returncode == 0 and "student" in result.stdout
+    assert (finished.out / "student" / "dit.safetensors").read_bytes() == before
+
+
+def test_two_runs_in_one_folder(finished):
+    with files.alone_in(finished.out):
+        assert refused(finished.resume("--iterations", 3), "another process")
+        assert refused(finished("--overwrite"), "another process")
+    assert finished.checkpoints() == ["00000001", "00000002"]
+    assert finished.resume("--iterations", 3).returncode == 0
+
+
+def test_overwriting_does_not_remove_what_the_run_needs(finished):
+    student = finished.out / "student"
+    before = {path: path.read_bytes() for path in student.iterdir()}
+    result = run_here(distill.main, "--teacher", student, "--prompts", finished.prompts,
+                      "--out", finished.out, "--overwrite")
+    assert refused(result, "--teacher", "--out")
+    prompts = shutil.copy(finished.prompts, finished.out / "samples" / "prompts.txt")
+    assert refused(finished("--overwrite", "--prompts", prompts), "--prompts", "--out")
+    cache = finished.out / "student" / "cache"
+    assert refused(finished("--overwrite", "--cache-features", cache), "--cache-features", "--out")
+    assert {path: path.read_bytes() for path in student.iterdir()} == before
+    assert finished.resume("--iterations", 3).returncode == 0
+
+
+def test_a_run_inside_its_teacher(command, checkpoint):
+    """The teacher would not be the same any more, so that the run could not go on."""
+    command.out = checkpoint / "run"
+    assert refused(command("--teacher", checkpoint), "--teacher", "--out")
+    assert not command.out.exists()
 
 
 def test_what_is_there_is_kept(command, tmp_path):

@@ -141,9 +141,25 @@ def test_a_student_between_two():
     for name, w in low.dit.state_dict().items():
         torch.testing.assert_close(half[name], w + 0.5)
         assert torch.equal(dial.between(low, high, 0.0).dit.state_dict()[name], w)
-    small = replace(high, dit=high.text_encoder)
-    with pytest.raises(UserError):
-        dial.between(low, small, 0.5)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"shift": 9.0}, "shift"), ({"size": 64}, "size"), ({"vae": None}, "vae"),
+    ({"text_encoder": None}, "text_encoder"), ({"tokenizer": None}, "tokenizer"), ({}, None)])
+def test_the_dial_takes_students_of_one_teacher(change, words):
+    """They may differ in the weights of the DiT only: all else would come from one of them."""
+    low, high = sampler.load_pipeline(TINY), sampler.load_pipeline(TINY)
+    for name in change.keys() & {"vae", "text_encoder"}:
+        next(getattr(high, name).parameters()).data += 1
+    if "tokenizer" in change:
+        high.tokenizer.add_tokens(["new"])
+    high = replace(high, **{name: value for name, value in change.items() if value})
+    if words is None:
+        next(high.dit.parameters()).data += 1
+        dial.check_siblings(low, high)
+    else:
+        with pytest.raises(UserError, match=f"differ in {words}"):
+            dial.check_siblings(low, high)
 
 
 def test_the_dial_writes_one_student_and_over_nothing(tmp_path):

@@ -307,6 +307,8 @@ def test_what_is_said_twice_counts_once(tmp_path):
     ({"lora_alpha": 3.0, "use_rslora": True}, 3 / 2 ** 0.5),
     ({"lora_alpha": 3.0, "alpha_pattern": {"attention.to_q": 5.0}}, 1.5),
     ({"alpha_pattern": {r"^layers\.\d+\.feed_forward\.w1": 6}}, 1.0),
+    # Of several patterns that fit, peft takes the first.
+    ({"lora_alpha": 3.0, "alpha_pattern": {"attention.to_q": 5.0, "to_q": 9.0}}, 1.5),
 ])
 def test_settings_of_peft(tmp_path, weights, settings, scale):
     """From the header as diffusers writes it, and from the file that peft writes beside."""
@@ -327,6 +329,22 @@ def test_settings_of_peft(tmp_path, weights, settings, scale):
         for name, factor in scales.items():
             base = weights["dit"][name].float()
             assert torch.allclose(after[name], base + factor * (one[name] - base), atol=1e-6), name
+
+
+@pytest.mark.parametrize("settings, good", [
+    ({"init_lora_weights": "pissa"}, False), ({"init_lora_weights": "pissa_niter_4"}, False),
+    ({"init_lora_weights": "gaussian", "lora_dropout": 0.1, "rank_pattern": {}}, True),
+    ({"init_lora_weights": True, "bias": "none", "modules_to_save": None}, True),
+    ({"bias": "all"}, False), ({"modules_to_save": ["x_embedder"]}, False),
+    ({"layer_replication": [[0, 1]]}, False), ({"lora_bias": True}, False),
+    ({"use_dora": True}, False), ({"use_rslora": "false"}, False), ({"peft_type": "LOHA"}, False)])
+def test_settings_of_peft_that_are_refused(settings, good):
+    """Such a file is more than the product of its two matrices."""
+    if good:
+        formats.check_peft(settings, "adapter")
+    else:
+        with pytest.raises(UserError, match=f"adapter.*{next(iter(settings))}"):
+            formats.check_peft(settings, "adapter")
 
 
 @pytest.mark.parametrize("name, shape, words", [

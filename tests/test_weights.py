@@ -398,17 +398,18 @@ KEYS = {
                    "time_shift_type"},
     "tokenizer/tokenizer_config.json": {
         "used": "",
-        "refused": "add_prefix_space split_special_tokens",
+        "refused": "add_prefix_space split_special_tokens extra_special_tokens",
         "ignored": "backend bos_token clean_up_tokenization_spaces eos_token errors "
-                   "extra_special_tokens is_local local_files_only model_max_length pad_token "
-                   "tokenizer_class unk_token"},
+                   "is_local local_files_only model_max_length pad_token tokenizer_class "
+                   "unk_token"},
     "text_encoder/generation_config.json": {      # of language models that write; not read
         "used": "", "refused": "",
         "ignored": "_from_model_config output_attentions output_hidden_states transformers_version "
                    "use_cache"},
     "model_index.json": {
-        "used": "", "refused": "_class_name",
-        "ignored": "_diffusers_version scheduler text_encoder tokenizer transformer vae"},
+        "used": "",
+        "refused": "_class_name scheduler text_encoder tokenizer transformer vae",
+        "ignored": "_diffusers_version"},
 }
 # What our own config.json says beside its three sections.
 OUR_SETTINGS = {"shift": 2.5, "steps": 3, "guidance": 1.5, "size": 64, "trained_steps": 3}
@@ -481,12 +482,70 @@ def test_other_pipelines_with_the_same_networks(checkpoint, name):
     assert convert_weights.open_model(checkpoint)
 
 
+@pytest.mark.parametrize("part, value, good", [
+    ("scheduler", ["diffusers", "UniPCMultistepScheduler"], False),
+    ("text_encoder", ["transformers", "Qwen3VLModel"], False),
+    ("text_encoder", ["transformers", "Qwen3Model"], True),
+    ("vae", ["diffusers", "AutoencoderKLWan"], False), ("vae", "AutoencoderKL", False),
+    ("tokenizer", ["transformers", "Qwen2TokenizerFast"], True),
+    ("transformer", [None, None], False)])
+def test_the_classes_of_a_pipeline(checkpoint, part, value, good):
+    edit(checkpoint / "model_index.json", {part: value})
+    if good:
+        assert convert_weights.open_model(checkpoint)
+    else:
+        with pytest.raises(UserError, match=f"model_index.json: {part} is"):
+            convert_weights.open_model(checkpoint)
+
+
+def test_a_key_that_comes_twice(tmp_path):
+    """Programs differ in which one they take."""
+    convert_weights.convert(TINY, tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(path.read_text().rstrip()[:-1] + ', "steps": 4, "steps": 8}')
+    with pytest.raises(UserError, match="twice: steps"):
+        convert_weights.open_model(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("steps", 50_000), ("guidance", 2e3), ("shift", 1e4), ("size", 10 ** 6),
+    ("trained_steps", [1, 50_000])])
+def test_settings_have_the_limits_of_the_options(tmp_path, key, value):
+    convert_weights.convert(TINY, tmp_path / "ours")
+    edit(tmp_path / "ours" / "config.json", {key: value})
+    with pytest.raises(UserError, match=f"{key} is"):
+        convert_weights.open_model(tmp_path / "ours")
+
+
+def test_a_shift_in_two_files(checkpoint):
+    (checkpoint / "sampling.json").write_text('{"steps": 4, "shift": 9.0}')
+    with pytest.raises(UserError, match="sampling.json: the shift"):
+        convert_weights.open_model(checkpoint)
+
+
+def test_weights_of_the_usual_name_come_before_others(checkpoint):
+    """As in diffusers. Two files of other names are no choice that can be guessed."""
+    vae = checkpoint / "vae"
+    usual = vae / "diffusion_pytorch_model.safetensors"
+    shutil.copy(usual, vae / "a.safetensors")
+    assert formats.shard_files(vae) == [usual]
+    names = ["vae/a.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    assert names[1] in formats.wanted_weights(checkpoint, names, {"dit", "text_encoder"})
+    shutil.move(usual, vae / "b.safetensors")
+    with pytest.raises(UserError, match="several.*a.safetensors, b.safetensors"):
+        formats.shard_files(vae)
+    (vae / "b.safetensors").unlink()
+    assert formats.shard_files(vae) == [vae / "a.safetensors"]
+
+
 @pytest.mark.parametrize("rope, good", [
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, False),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, False),
     ({"rope_parameters": {"rope_type": "dynamic"}}, False),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, False),
     ({"rope_scaling": [1]}, False),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}}, False),
+    ({"rope_parameters": {"rope_theta": 5.0, "factor": 2.0}}, False),
     ({"rope_scaling": {"type": "default"}, "rope_theta": 5.0}, True),
     ({"rope_scaling": None, "rope_parameters": None, "rope_theta": 5.0}, True),
     ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7.0}, True),
@@ -574,6 +633,12 @@ def test_tokenizers_that_do_not_fit(checkpoint, change, words):
     ({"split_special_tokens": True}, "split_special_tokens"),
     ({"add_bos_token": True}, "add_bos_token"),
     ({"add_eos_token": True}, "add_eos_token"),
+    ({"extra_special_tokens": ["<|im_end|>", "cat "]}, "adds the token 'cat '"),
+    ({"additional_special_tokens": [{"content": "cat "}]}, "adds the token 'cat '"),
+    ({"added_tokens_decoder": {"499": {"content": "cat "}}}, "adds the token 'cat '"),
+    ({"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, "adds the token '<.im_end.>'"),
+    ({"added_tokens_decoder": [1]}, "as transformers does"),
+    ({"extra_special_tokens": 3}, "as transformers does"),
     ({"chat_template": "{{ messages[0].content }}"}, None),          # the .jinja file wins
 ])
 def test_tokenizer_configurations(checkpoint, change, words):
@@ -835,9 +900,9 @@ def test_writers_that_come_between_each_other(tmp_path, monkeypatch):
         if len(made) == 1:                        # removed before it is locked
             path.unlink()
 
-    with files.temporary(tmp_path, ".part-", make) as part:
+    with files.temporary(tmp_path, make) as part:
         assert part == made[1] and part.exists()
-        with files.temporary(tmp_path, ".part-", Path.touch) as other_part:
+        with files.temporary(tmp_path, Path.touch) as other_part:
             assert part.exists() and other_part != part
     assert not [*tmp_path.iterdir()]
 
@@ -848,10 +913,10 @@ def test_writers_that_come_between_each_other(tmp_path, monkeypatch):
         return fcntl.flock.__wrapped__(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", functools.wraps(fcntl.flock)(lock))
-    with files.temporary(tmp_path, ".part-", make) as part:
+    with files.temporary(tmp_path, make) as part:
         assert part.exists() and part != removed[0]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / ".part-gone"])
-    with files.temporary(tmp_path, ".part-", Path.touch) as part:
+    with files.temporary(tmp_path, Path.touch) as part:
         assert part.exists()
 
 
@@ -878,6 +943,8 @@ def test_check_command(tmp_path, monkeypatch):
     assert len(states) == 16 and set(states) == {"wrong", "missing"}
     assert refused(run_here(convert_weights.main, "--check", tmp_path / "nowhere"), "nowhere")
     assert refused(run_here(convert_weights.main, TINY, tmp_path / "x", "--check", TINY), "alone")
+    for words in (["--to", "official"], ["--dtype", "int8"], ["--lora", "x"], ["--vae", "x"]):
+        assert refused(run_here(convert_weights.main, "--check", TINY, *words), "alone")
     # The real list, checked on the one file of the release that is here.
     name = "tokenizer/tokenizer.json"
     (tmp_path / "tokenizer").mkdir()
@@ -885,3 +952,10 @@ def test_check_command(tmp_path, monkeypatch):
     assert dict(formats.check_release(tmp_path))[name] == "ok"
     monkeypatch.setattr(formats, "OFFICIAL_MD5", {name: formats.OFFICIAL_MD5[name]})
     assert formats.check_release(tmp_path) == [(name, "ok")]
+
+
+@pytest.mark.parametrize("words", [["", "new"], [TINY, ""], ["--check", ""]])
+def test_an_empty_name_is_not_the_current_directory(checkpoint, monkeypatch, words):
+    monkeypatch.chdir(checkpoint)
+    assert refused(run_here(convert_weights.main, *words), "empty")
+    assert not (checkpoint / "new").exists()

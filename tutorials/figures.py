@@ -12,6 +12,7 @@ import ast
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,8 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tutorials" / "images"
 WORLD = ROOT / "tutorials" / "cards"     # of the bundled teacher and student

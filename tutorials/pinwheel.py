@@ -11,10 +11,13 @@ Notebooks 3, 4 and 5 use it; notebook 4 writes the loop of `distill_pinwheel` ou
 import copy
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
 import torch.nn.functional as F
 

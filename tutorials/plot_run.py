@@ -8,9 +8,12 @@ rows share an axis. tutorials/how_to_read_a_run.md says what to look for.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -103,7 +106,7 @@ def plot_run(folder):
         heights += [sum(11.7 * image.height / image.width + 0.35 for image in strips.values())]
     figure = Figure(figsize=(12, sum(heights)))
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-    parts[0].suptitle(f"The run {folder.resolve().name}")
+    parts[0].suptitle(f"The run {folder.resolve().name}", parse_math=False)
     for axis, panel in zip(parts[0].subplots(2, 3).flat, PANELS, strict=True):
         draw_panel(axis, log, *panel)
     if strips:
@@ -134,7 +137,8 @@ def compare_runs(folders, count=4):
                 axis.axis("off")
             if column and axis.get_legend():
                 axis.get_legend().remove()
-        axes[0, column].set_title(f"{folder.resolve().name}\n\n{SIDE_BY_SIDE[0][0]}")
+        title = f"{folder.resolve().name}\n\n{SIDE_BY_SIDE[0][0]}"
+        axes[0, column].set_title(title, parse_math=False)
         axis, strips = axes[-1, column], read_strips(folder, 2)
         axis.set(xticks=[], yticks=[], frame_on=False)
         axis.grid(False)

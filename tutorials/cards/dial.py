@@ -9,11 +9,14 @@ and sampling costs no more. The share is how far it lies from --low (0) to --hig
 """
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -36,12 +39,29 @@ COLUMNS = ("joint", "strict", "frechet", "saturation", "diversity")
 def between(low, high, share):
     """Two Pipelines of one architecture -> a Pipeline with the DiT's weights between theirs."""
     a, b = low.dit.state_dict(), high.dit.state_dict()
-    if {name: w.shape for name, w in a.items()} != {name: w.shape for name, w in b.items()}:
-        raise UserError("--low and --high are networks of different shapes")
     dit = empty_network("dit", low.dit.config)
     weights = {name: torch.lerp(w.float(), b[name].float(), share) for name, w in a.items()}
     dit.load_state_dict(weights, assign=True)
     return replace(low, dit=dit.eval().requires_grad_(False))
+
+
+def check_siblings(low, high):
+    """UserError where two students differ in more than the weights of the DiT."""
+    different = [name for name in ("shift", "size")
+                 if getattr(low, name) != getattr(high, name)]
+    if low.dit.config != high.dit.config:
+        different.append("dit")
+    for name in ("text_encoder", "vae"):
+        a, b = getattr(low, name), getattr(high, name)
+        states = a.state_dict(), b.state_dict()
+        same = a.config == b.config and states[0].keys() == states[1].keys()
+        if not same or not all(torch.equal(states[0][key], states[1][key]) for key in states[0]):
+            different.append(name)
+    if low.tokenizer.to_str() != high.tokenizer.to_str():
+        different.append("tokenizer")
+    if different:
+        raise UserError("--low and --high are no students of one teacher: they differ in "
+                        + ", ".join(different))
 
 
 def parse_arguments():
@@ -65,6 +85,7 @@ def main():
     if args.out and Path(args.out).exists():
         raise UserError(f"{args.out} exists already; name a new directory")
     low, high = sampler.load_pipeline(args.low), sampler.load_pipeline(args.high)
+    check_siblings(low, high)
     if args.out:
         student = between(low, high, args.share[0])
         save_pipeline(Path(args.out), student.dit, student.text_encoder, student.vae,

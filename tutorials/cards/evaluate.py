@@ -17,9 +17,12 @@ Every figure is given again for `unseen_words` (the word is held out of training
 import argparse
 import json
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # pictures are read on all cores, one each
 
 import numpy as np

@@ -37,6 +37,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
 import numpy as np
 import torch
 import torch.distributed as dist
