@@ -247,7 +247,10 @@ def test_smoke_run_with_two_workers(tmp_path):
 
 @pytest.mark.parametrize("options", [
     ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
-    ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2")])
+    ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
+    *(("--set", setting) for setting in (
+        "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
+        "log_every=0", "drawings=0", "captions=0", "ema=NaN", "compile=1", "decay_from=1"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
     with pytest.raises(train.UserError):

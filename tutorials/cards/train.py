@@ -913,12 +913,32 @@ def recipe_from(args):
     for setting in args.set:
         name, _, value = setting.partition("=")
         try:
-            value = type(getattr(recipe, name))(json.loads(value))
-        except (AttributeError, ValueError):
+            kind, value = type(getattr(recipe, name)), json.loads(value)
+            if isinstance(value, bool) != (kind is bool) or not math.isfinite(value):
+                raise ValueError
+            if kind(value) != value:          # half a step
+                raise ValueError
+            value = kind(value)
+        except (AttributeError, TypeError, ValueError, OverflowError):
             names = ", ".join(vars(recipe))
             raise UserError(f"--set {setting}: give NAME=NUMBER, with a name of {names}") from None
         recipe = replace(recipe, **{name: value})
     return recipe
+
+
+# Numbers of a recipe that may be 0 or False; all others are above it, but for time_mean.
+MAY_BE_ZERO = {"seed", "steps", "vae_steps", "vae_crops", "kl_weight", "decay_from",
+               "caption_drop", "word_time", "guidance", "time_mean", "report_prompts",
+               "bundled_vae", "compile"}
+
+
+def check_numbers(recipe):
+    for name, value in vars(recipe).items():
+        good = value > 0 or name == "time_mean" or (value == 0 and name in MAY_BE_ZERO)
+        if not good or value > 1e9:
+            raise UserError(f"--set {name}={value}: it is out of range")
+    if recipe.dim % 32 or recipe.decay_from >= 1:
+        raise UserError("--set: dim should be a multiple of 32, and decay_from below 1")
 
 
 def check(args, recipe):
@@ -934,6 +954,7 @@ def check(args, recipe):
     for name in ("minutes", "vae_minutes"):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} should be above 0")
+    check_numbers(recipe)
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
