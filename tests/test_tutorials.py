@@ -263,6 +263,28 @@ def test_a_term_that_is_left_out_is_not_drawn(folder):
     assert not panels["Shield beside spear"] and not panels["Direction of DM and CA"]
 
 
+def test_a_line_of_skipped_iterations_has_no_losses(folder):
+    short = {"iteration": 60, "saturation": 0.5, "skipped": 10.0, "seconds": 9.0, "fake_lr": 1e-3,
+             "fake_floor": 0.8, "lr": 1e-4}
+    write_log(folder, [*LOG, short])
+    x, _ = curves(plot_run.plot_run(folder))["Losses"]["student"].get_data()
+    assert list(x) == [line["iteration"] for line in LOG]
+
+
+@pytest.mark.parametrize("size", [None, "128", -5, -2])
+def test_a_damaged_size_leaves_the_pictures_whole(folder, size):
+    add_samples(folder, [4])
+    (folder / "student" / "config.json").write_text(json.dumps({"size": size}))
+    assert plot_run.read_strips(folder)[4].height == 2 * 66
+
+
+def test_a_folder_is_named_as_it_is(folder):
+    """Dollar signs are no formula."""
+    odd = folder.rename(folder.with_name(r"cost $x_{$ \frac"))
+    assert run(odd).returncode == 0
+    assert run(odd, odd).returncode == 0
+
+
 @pytest.mark.parametrize("iterations, shown", [
     ([100], [100]), ([4, 8, 12], [4, 8, 12]), (range(10, 201, 10), [10, 50, 90, 120, 160, 200])])
 def test_strips(folder, iterations, shown):

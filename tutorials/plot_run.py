@@ -35,7 +35,7 @@ PANELS = [                                                # title, unit, {curve:
 COLORS = {"dm_rms": DM, "ca_rms": CA, "fake_loss": FAKE, "fake_floor": GREY, "dm_over_ca": DM}
 SIDE_BY_SIDE = [PANELS[1], ("The fake's loss", "mean square",
                             {"fake": "fake_loss", "its floor": "fake_floor"}), PANELS[4]]
-NEEDED = ("iteration", "loss", "dm_rms", "ca_rms", "cosine", "std_ratio", "lr")
+NEEDED = ("iteration", "seconds", "lr")      # a line of skipped iterations has no losses
 
 
 def read_log(path):
@@ -72,7 +72,8 @@ def read_strips(folder, count=STRIPS):
     for file in sorted(chosen):
         image = read_image(file)
         if config.exists():                               # it knows how high a row is
-            row = read_json(config).get("size", image.height) + 2
+            size = read_json(config).get("size")
+            row = size + 2 if isinstance(size, int) and size > 0 else image.height
             image = image.crop((0, 0, image.width, min(row, image.height)))
         image.thumbnail((1600, 1600))
         strips[int(file.stem)] = image
