@@ -776,6 +776,9 @@ def main():
         height, width = fit_size(pipeline, image, height, width)
         function = partial(image_to_image, image=image, strength=args.strength)
     height, width = check_size(pipeline, height, width)
+    if image and abs(math.log(image.width * height / (image.height * width))) > math.log(1.5):
+        warnings.warn(f"--init-image of {image.width}x{image.height} is cropped to the proportions "
+                      f"of {width}x{height}", stacklevel=2)
     function = partial(function, height=height, width=width, **settings)
     record = make_record(args, pipeline, settings, f"{width}x{height}")
     kernel = ATTENTION.get(args.attention)
