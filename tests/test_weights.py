@@ -91,7 +91,7 @@ def test_dit_parameter_count():
 def test_empty_networks_are_not_initialized():
     """On the meta device nn.Embedding would import PyTorch's compiler, which takes a second."""
     code = ("import sys, convert_weights as c; from model import TextEncoderConfig;"
-            "c.build('text_encoder', TextEncoderConfig());"
+            "c.empty_network('text_encoder', TextEncoderConfig());"
             "assert 'torch._dynamo' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=DATA.parent.parent)
 
