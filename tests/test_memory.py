@@ -377,7 +377,9 @@ def test_quantized_networks(pipeline, monkeypatch, kind, limit, has_products):
 
 
 @pytest.mark.parametrize("kind, group", [("fp8", 0), ("int8", 0), ("int8", 256)])
-def test_stored_scales_may_be_one_number(kind, group):
+def test_stored_scales_may_be_one_number(kind, group, monkeypatch):
+    # Where there are int8 products, inputs are rounded too, and the difference is some .006.
+    monkeypatch.setattr(hardware, "has_products", lambda dtype, device: False)
     layer = nn.Linear(256, 3, bias=False)
     weight = torch.randn(3, 256)
     dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8

@@ -275,6 +275,7 @@ def arguments():
     parser.add_argument("--guidance-every", type=number(1, 1000, int), default=1, metavar="K",
                         help="compute v - v_negative in every K-th step only (default: 1)")
     parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cuda, mps or cpu")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
                         help="number of prompts (default: 200)")
     parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
@@ -334,7 +335,8 @@ def main():
     if not args.model:
         raise UserError("no checkpoint is bundled; name one with --model")
     prompts = prompts_for(args)
-    pipelines = [sampler.load_pipeline(model) for model in args.model]
+    device = sampler.find_device(args.device)
+    pipelines = [sampler.load_pipeline(model, device) for model in args.model]
     for pipeline in pipelines if args.weights else ():
         sampler.quantize(pipeline.dit, args.weights)
         sampler.quantize(pipeline.text_encoder, args.weights)

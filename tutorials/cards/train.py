@@ -171,6 +171,16 @@ def build(recipe, vocabulary):
     return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
 
 
+def copy_weights(path, nets):
+    """Begins with the weights of a model in the directory `path`, which has the same sizes."""
+    model = sampler.load_pipeline(path)
+    for name, net in nets.items():
+        theirs = getattr(model, name)
+        if theirs.config != net.config:
+            raise UserError(f"--start {path}: its {name.replace('_', ' ')} has other sizes")
+        net.load_state_dict(theirs.state_dict())
+
+
 def optimizers(nets, recipe):
     """Muon for the matrices inside blocks, AdamW for the rest."""
     inside, rest = [], []
@@ -366,7 +376,10 @@ def train_teacher(recipe, run, tokenizer, vae, cards):
 
     teacher.pt has the state. All workers take the same step, along the mean gradient.
     """
-    nets = build(recipe, tokenizer.get_vocab_size()).to(run.device)
+    nets = build(recipe, tokenizer.get_vocab_size())
+    if run.start:
+        copy_weights(run.start, nets)
+    nets.to(run.device)
     averaged = copy.deepcopy(nets).requires_grad_(False)
     muon, adam = optimizers(nets, recipe)
     stage = Stage(run, "teacher", recipe.minutes, recipe.steps, nets=nets, averaged=averaged,
@@ -526,22 +539,20 @@ class Cards(NamedTuple):
 
 @torch.no_grad()
 def encode_cards(recipe, run, vae, drawings):
-    """Latents of all drawings, computed once. On a CPU that takes minutes, so they are kept."""
-    path, keep = os.path.join(run.out, "cards.pt"), run.device.type == "cpu"
-    if run.rank == 0 and not (keep and os.path.exists(path)):
+    """Latents of all drawings, computed once. They are kept in cards.pt."""
+    path = os.path.join(run.out, "cards.pt")
+    if run.rank == 0 and not os.path.exists(path):
         drawings.wait(recipe.drawings)
         torch.set_num_threads(run.workers)                       # the others wait
         pictures = torch.from_numpy(drawings.pictures).split(256)
-        latents = [vae.encode(as_images(part.to(run.device))).half() for part in pictures]
-        rest = (torch.from_numpy(array).to(run.device) for array in
-                (drawings.words, drawings.ids, drawings.lengths))
-        cards = Cards(torch.cat(latents), *rest)
-        if not keep:
-            return cards
-        write_whole(path, lambda part: torch.save(tuple(cards), part))
+        latents = [vae.encode(as_images(part.to(run.device))).half().cpu() for part in pictures]
+        rest = map(torch.from_numpy, (drawings.words, drawings.ids, drawings.lengths))
+        cards = torch.cat(latents), *rest
+        write_whole(path, lambda part: torch.save(cards, part))
         torch.set_num_threads(1)
     agree(0.0)                                                   # until the file is there
-    return Cards(*torch.load(path, mmap=True))
+    cards = Cards(*torch.load(path, mmap=True))
+    return cards if run.device.type == "cpu" else Cards(*(x.to(run.device) for x in cards))
 
 
 # --- Report -------------------------------------------------------------------------------------
@@ -763,6 +774,7 @@ class Run(NamedTuple):
     rank: int = 0
     workers: int = 1
     stop_after: int | None = None
+    start: str | None = None           # a model whose weights the teacher begins with
 
 
 _signals = []
@@ -896,6 +908,7 @@ def arguments():
                         help="CPU processes of one thread each, which share the batch")
     parser.add_argument("--minutes", type=float, help="time for the teacher")
     parser.add_argument("--vae-minutes", type=float, help="time for the VAE")
+    parser.add_argument("--start", metavar="DIR", help="begin with the weights of this teacher")
     parser.add_argument("--smoke", action="store_true", help="a tiny run of every stage")
     parser.add_argument("--stop-after", type=int,
                         help="stop each stage after this many steps, to continue later")
@@ -969,7 +982,7 @@ def main():
     sampler.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     listen()
-    run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after)
+    run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after, args.start)
     log(run, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
     tokenizer = data.build_tokenizer()
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
