@@ -37,10 +37,26 @@ def test_the_table_has_means_and_half_ranges():
     assert lines[3].startswith("| 4 steps | 4 | 3 | 0.880 (0.070) |")
 
 
+def quick_teacher(folder):
+    """The bundled teacher with one step without guidance as its default."""
+    bundled = sweep.HERE / "teacher"
+    folder.mkdir()
+    for file in bundled.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((bundled / "config.json").read_text(encoding="utf-8"))
+    config |= {"steps": 1, "guidance": 0.0}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
 def test_a_variant_is_trained_and_scored(tmp_path):
     job = Namespace(out=str(tmp_path), held_out=sweep.HERE / "prompts_heldout.txt", count=3,
                     watch=2, score_steps=[1, 2], keep=False)
-    options = ["--iterations", "2", "--batch-size", "1", "--sample-every", "1"]
+    options = ["--iterations", "2", "--batch-size", "8", "--sample-every", "1",
+               "--teacher", str(quick_teacher(tmp_path / "teacher")),
+               "--prompts", str(sweep.HERE / "prompts.txt")]
     first, second = sweep.run_variant("CA alone", 5, options, job)
     assert (first["steps"], second["steps"], second["seed"]) == (1, 2, 5)
     assert first["log"]["dm_rms"] == 0 < first["log"]["ca_rms"]          # without a shield

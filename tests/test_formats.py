@@ -675,6 +675,7 @@ def test_a_tensor_that_is_not_aligned(tmp_path):
     assert tensors["x"].start % 4 and torch.equal(formats.read(tensors["x"]), values)
 
 
+@pytest.mark.slow
 def test_damaged_files():
     """A sample of tests/tools/fuzz_files.py, which says what is good."""
     errors, loaded, faults = fuzz_files.run(40, seed=0)

@@ -4,8 +4,9 @@
     python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on a GPU
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
 
-The bundled teacher learned longer, for 300 minutes. results.md has its command. It also describes
-two runs on a GPU; both failed, so the command for CUDA has no good run behind it yet.
+The bundled teacher learned for 300 minutes on two CPU cores and from there (--start) for 3 1/2
+minutes on a GPU. results.md has its commands. It also describes two runs on a GPU from nothing;
+both diverged, so the second command above has no good run behind it yet.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
