@@ -635,9 +635,15 @@ def main():
     if args.batch_size % processes.count:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared equally by "
                         f"{processes.count} processes")
+    if args.accumulate > args.batch_size // processes.count:
+        raise UserError(f"--accumulate {args.accumulate} is more parts than a process has images: "
+                        f"{args.batch_size // processes.count} of --batch-size {args.batch_size}")
     # Weights that are trained whole are float32, and the teacher is like them.
     dtype = getattr(torch, args.dtype if args.lora or processes.count > 1 else "float32")
     pipeline = sampler.load_pipeline(args.teacher or BUNDLED / "teacher", device, dtype)
+    if (args.lora or 0) > pipeline.dit.config.dim:
+        raise UserError(f"--lora {args.lora}: the rank of these weights is at most "
+                        f"{pipeline.dit.config.dim}; without --lora they are trained whole")
     pipeline.size = args.size or pipeline.size
     sampler.check_size(pipeline, pipeline.size, pipeline.size)
     if pipeline.trained_steps:

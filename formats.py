@@ -37,6 +37,7 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 PLAIN = (*FLOATS, "F8_E4M3", "F8_E5M2")                            # that are numbers as they stand
 
 # GGUF's types by number: name, numbers in a block, bytes of a block. Its values: struct's letters.
@@ -566,23 +567,8 @@ def read_adapter(path, strength, modules):
     has q alone and also q, k and v together; read_change compares them.
     """
     tensors, settings = open_adapter(path)
-    found, strange = {}, []                   # prefix and module -> {part: Stored}
-    for name, stored in tensors.items():
-        for pattern, reason in REFUSED_ADAPTERS.items():
-            if re.search(pattern, name):
-                raise UserError(f"{path} {reason} (it holds {name})")
-        stem, _, part = rename(name, ADAPTER_PARTS).rpartition(".")
-        if ADAPTER_PREFIX.sub("", stem) not in modules or stored.number_type not in PLAIN:
-            strange.append(name)
-        parts = found.setdefault(stem, {})
-        if part in parts:
-            raise UserError(f"{path} says the same twice: {parts[part].name} and {name}")
-        parts[part] = stored
-    if strange or not found:
-        raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
-                        f"{some(strange)}")
     changes = {}
-    for stem, parts in found.items():
+    for stem, parts in parts_of_adapters(path, tensors, modules).items():
         names, shapes = zip(*modules[ADAPTER_PREFIX.sub("", stem)], strict=True)
         rows = [shape[0] for shape in shapes]
         check_adapter(f"{path}: {stem}", parts, (sum(rows), shapes[0][1]))
@@ -593,6 +579,29 @@ def read_adapter(path, strength, modules):
             place = 0 if len(names) == 1 else len(entries)
             entries.insert(place, (scale, parts, sum(rows[:i]), rows[i]))
     return changes
+
+
+def parts_of_adapters(path, tensors, modules):
+    """The tensors of an adapter file, sorted: {prefix and module: {part: Stored}}."""
+    found, strange = {}, []
+    for name, stored in tensors.items():
+        for pattern, reason in REFUSED_ADAPTERS.items():
+            if re.search(pattern, name):
+                raise UserError(f"{path} {reason} (it holds {name})")
+        stem, _, part = rename(name, ADAPTER_PARTS).rpartition(".")
+        if ADAPTER_PREFIX.sub("", stem) not in modules:
+            strange.append(name)
+        elif stored.number_type not in (PLAIN + INTEGERS if part == "alpha" else PLAIN):
+            raise UserError(f"{path}: {name} has numbers of type {stored.number_type}, as no "
+                            "adapter that is understood")
+        parts = found.setdefault(stem, {})
+        if part in parts:
+            raise UserError(f"{path} says the same twice: {parts[part].name} and {name}")
+        parts[part] = stored
+    if strange or not found:
+        raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
+                        f"{some(strange)}")
+    return found
 
 
 def open_adapter(path):

@@ -492,6 +492,9 @@ def torchrun_rank():
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {world} in the environment: torchrun "
                         "sets both; without it, unset them")
+    if int(world) > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world} in the environment, and LOCAL_RANK is not there: "
+                        "torchrun sets both; without it, unset WORLD_SIZE")
     return int(rank), int(world)
 
 

@@ -326,7 +326,6 @@ ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTE
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
             "cfg_normalization": 0.0, "cfg_truncation": 1.0, "guidance_every": 1, "device": "auto",
             "upscale": "lanczos", "out": Path("image.png"), "lora": []}
-# The options that a picture may name, for --like; make_record writes them.
 OF_GUIDANCE = "negative_prompt", "cfg_normalization", "cfg_truncation", "guidance_every"
 # The options that a picture may name, for --like; make_record writes them.
 RECORDED = {"seed", "size", "batch_size", "dtype", "upscale", "weights", "attention", "compile",
@@ -713,7 +712,11 @@ def read_batches(args):
 
 
 def draw(args, pipeline, record, function):
-    """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end."""
+    """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end.
+
+    The exit code then is 2, when the last line is read.
+    """
+    failed = False
     count = len(args.prompt) * args.num_images
     steps = steps_left(record["steps"], record.get("strength", 1)) * -(-count // args.batch_size)
     with tqdm(total=None if args.loop else steps, unit="step", disable=args.rank > 0) as bar:
@@ -729,6 +732,7 @@ def draw(args, pipeline, record, function):
                 if not args.loop:
                     raise
                 report(args, bar, {"prompt": prompts[0], "error": str(error)})
+                failed = True
                 continue
             seconds = round(time.perf_counter() - start, 2)
             if args.rank and args.context_parallel:
@@ -738,6 +742,8 @@ def draw(args, pipeline, record, function):
                          "batch_size": len(prompts)}
                 path = save_png(enlarge(image, args.upscale), args.out, entry, first + i)
                 report(args, bar, {"path": str(path), "seconds": seconds, **entry})
+    if failed:
+        sys.exit(2)
 
 
 def report(args, bar, entry):

@@ -167,9 +167,10 @@ def feed(monkeypatch, data):
     (b"", [], 0)])
 def test_prompt_loop(monkeypatch, data, paths, errors):
     feed(monkeypatch, data)
-    result = draw("-", *SMALL)
+    result = run_here(sampler.main, "-", *SMALL)
     assert result.stdout.splitlines() == paths
     assert result.stderr.count("error: ") == errors
+    assert result.returncode == (2 if errors else 0)
 
 
 def test_prompt_loop_seeds_and_json(monkeypatch):
@@ -182,7 +183,8 @@ def test_prompt_loop_seeds_and_json(monkeypatch):
 
 def test_a_bad_line_is_answered_in_json(monkeypatch):
     feed(monkeypatch, b"\xff\na cat\n")
-    lines = [json.loads(line) for line in draw("-", *SMALL, "--json").stdout.splitlines()]
+    result = run_here(sampler.main, "-", *SMALL, "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert "Unicode" in lines[0]["error"]
     assert lines[1]["path"] == "image-1.png"
 
@@ -382,6 +384,12 @@ def test_an_environment_that_is_not_torchrun_s(monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     refused(run_here(sampler.main, "a cat", *SMALL), "RANK", "torchrun")
+
+
+def test_a_number_of_processes_without_torchrun(monkeypatch):
+    """Other launchers set WORLD_SIZE; a part of the images would be drawn, and none missed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(run_here(sampler.main, "a cat", *SMALL), "LOCAL_RANK", "unset WORLD_SIZE")
 
 
 def test_a_tokenizer_that_fails_ends_in_one_sentence(pipeline):

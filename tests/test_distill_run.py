@@ -510,6 +510,7 @@ def test_a_full_disk_is_one_sentence(command, monkeypatch):
     (["--shift", "0"], ["--shift"]), (["--size", "0"], ["--size"]),
     (["--size", "33"], ["multiple"]),
     (["--batch-size", 10 ** 20], ["--batch-size"]), (["--follow", "1.5"], ["--follow"]),
+    (["--lora", "65"], ["--lora 65", "at most"]), (["--accumulate", "3"], ["--accumulate 3"]),
     (["--lora", "0"], ["--lora"]), (["--accumulate", "0"], ["--accumulate"]),
     (["--out", ""], ["--out"]), (["--teacher", ""], ["--teacher"]),
     (["--no-dm", "--warmup", "5"], ["--no-dm"]), (["--no-dm", "--alpha", "1"], ["--alpha"]),

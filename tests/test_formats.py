@@ -399,6 +399,19 @@ def test_adapters_of_another_width(tmp_path):
         load_dit(PLACES["dit"], adapters=[(lora(broken, tmp_path), 1.0)])
 
 
+def test_alpha_may_be_an_integer_and_matrices_may_not(tmp_path):
+    alphas = {name: tensor.round().to(torch.int64) for name, tensor in SPLIT.items()
+              if name.endswith("alpha")}
+    floats = {name: tensor.float() for name, tensor in alphas.items()}
+    file = lora(SPLIT | floats, tmp_path)
+    expected = official(adapters=[(file, 1.0)])
+    found = official(adapters=[(lora(SPLIT | alphas, tmp_path), 1.0)])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    integers = {name: tensor.to(torch.int64) for name, tensor in SPLIT.items()}
+    with pytest.raises(UserError, match="numbers of type I64"):
+        load_dit(PLACES["dit"], adapters=[(lora(integers, tmp_path), 1.0)])
+
+
 # --- GGUF and quantized weights -----------------------------------------------------------------
 
 
