@@ -389,8 +389,8 @@ def make_parser():
     add("--strength", type=number(0, 1, above=0), help="how far from it, up to 1 (default 0.6)")
     add("--dtype", choices=["bfloat16", "float32", "float16"],
         help="default: float32 on a CPU, bfloat16 elsewhere")
-    add("--weights", choices=["int8", "fp8"], help="one byte for most weights; int8 is faster on "
-        "many CPUs and GPUs, fp8 on GPUs from Hopper on")
+    add("--weights", choices=["int8", "fp8"], help="one byte for most weights, half the memory; "
+        "int8 is also faster on CPUs that multiply it")
     add("--offload", nargs="?", const="networks", choices=["networks", "blocks"],
         help="keep a network on the GPU only while it works; blocks: two blocks of it at a time")
     add("--tile", action=argparse.BooleanOptionalAction,

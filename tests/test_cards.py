@@ -402,7 +402,7 @@ def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
 def run(monkeypatch, *arguments):
     """The command with a perfect model in place of a checkpoint -> exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    monkeypatch.setattr(sampler, "load_pipeline", lambda path: FakePipeline)
+    monkeypatch.setattr(sampler, "load_pipeline", lambda path, device: FakePipeline)
     monkeypatch.setattr(evaluate, "reconstruct", lambda vae, images: (images, 40.0))
     monkeypatch.setattr(evaluate, "sample_images", perfect_images)
     try:

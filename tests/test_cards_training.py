@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import data
 import evaluate
 import sampler
 import train
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 CARDS = ROOT / "tutorials" / "cards"
 
@@ -243,6 +244,31 @@ def test_smoke_run_with_two_workers(tmp_path):
     assert (pipeline.size, pipeline.steps, pipeline.guidance) == (128, 2, 2.0)
     image, = sampler.generate(pipeline, "a panda on a red card")
     assert image.size == (128, 128)
+
+
+def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher_inputs):
+    vae, cards = teacher_inputs
+    bundled = str(CARDS / "teacher")
+    recipe = replace(train.Recipe(), steps=1, warm_up=1000, muon_lr=1e-9, adam_lr=1e-9, batch=4,
+                     probe_prompts=0, compile=False)
+    run = train.Run(str(tmp_path), torch.device("cpu"), start=bundled)
+    model, complete = train.train_teacher(recipe, run, data.build_tokenizer(), vae, cards)
+    start = sampler.load_pipeline(bundled)
+    assert complete
+    for name, net in model.nets.items():
+        for key, weight in getattr(start, name).state_dict().items():
+            assert torch.allclose(net.state_dict()[key], weight, atol=1e-6), key
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--start", "nowhere"], "nowhere"), (["--start", str(CARDS / "teacher"), "--smoke"], "sizes"),
+    (["--start", str(TINY)], "tokenizer")])
+def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
+        tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
+    with pytest.raises(train.UserError, match=words):
+        train.main()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("options", [

@@ -434,10 +434,12 @@ def test_which_layers_get_another_kernel(monkeypatch, dtype, bfloat16_is_fast, c
     monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", bfloat16_is_fast)
     net = large_and_small(dtype)
     assert [type(layer) for layer in hardware.use_cpu_kernels(net)] == classes
-    attention = nn.Sequential(Attention(32, 2, 2, 16, 1e-5, rotate_pairs).to(dtype))
-    hardware.use_cpu_kernels(attention)
-    is_replaced = dtype == torch.bfloat16 and bfloat16_is_fast
-    assert isinstance(attention[0], hardware.Bfloat16Attention) == is_replaced
+    for has_amx in (False, True):             # with AMX PyTorch's own attention is faster
+        monkeypatch.setattr(hardware, "CPU_HAS_AMX", has_amx)
+        attention = nn.Sequential(Attention(32, 2, 2, 16, 1e-5, rotate_pairs).to(dtype))
+        hardware.use_cpu_kernels(attention)
+        is_replaced = dtype == torch.bfloat16 and bfloat16_is_fast and not has_amx
+        assert isinstance(attention[0], hardware.Bfloat16Attention) == is_replaced
 
 
 def test_linear_by_onednn(monkeypatch):

@@ -172,9 +172,11 @@ def build(recipe, vocabulary):
     return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
 
 
-def copy_weights(path, nets):
-    """Begins with the weights of a model in the directory `path`, which has the same sizes."""
+def copy_weights(path, nets, tokenizer):
+    """Begins with the weights of the model in the directory `path`; UserError if it is another."""
     model = sampler.load_pipeline(path)
+    if model.tokenizer.to_str() != tokenizer.to_str():
+        raise UserError(f"--start {path}: it was trained with another tokenizer")
     for name, net in nets.items():
         theirs = getattr(model, name)
         if theirs.config != net.config:
@@ -379,7 +381,7 @@ def train_teacher(recipe, run, tokenizer, vae, cards):
     """
     nets = build(recipe, tokenizer.get_vocab_size())
     if run.start:
-        copy_weights(run.start, nets)
+        copy_weights(run.start, nets, tokenizer)
     nets.to(run.device)
     averaged = copy.deepcopy(nets).requires_grad_(False)
     muon, adam = optimizers(nets, recipe)
@@ -969,6 +971,9 @@ def check(args, recipe):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} should be above 0")
     check_numbers(recipe)
+    if args.start:                     # now, not when the cards are drawn
+        tokenizer = data.build_tokenizer()
+        copy_weights(args.start, build(recipe, tokenizer.get_vocab_size()), tokenizer)
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,120 @@
+"""A picture at the release's size on this machine, from command to file, beside diffusers.
+
+    python -m tests.tools.measure_full SCRATCH [--steps 8] [--size 256] [--sparse]
+
+Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 33 GB, none with --sparse: then
+all weights are zero, and products take the same time) and its int8 form (11 GB), and keeps both.
+Each case is a process of its own: seconds from its start to its end, the seconds of a step, and the
+most memory that it had at once. "own" is what the system cannot give back (RssAnon); "resident"
+also counts pages of mapped files, which it can.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a panda on a red card with the word LOVE in white below it"
+DIFFUSERS = """
+import sys, time, torch, diffusers
+folder, size, steps, dtype = sys.argv[1:]
+pipeline = diffusers.ZImagePipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+times = []
+image = pipeline({prompt!r}, height=int(size), width=int(size), num_inference_steps=int(steps),
+                 guidance_scale=0.0,
+                 callback_on_step_end=lambda *a: times.append(time.perf_counter()) or {{}})
+image.images[0].save("image.png")
+print("step", (times[-1] - times[0]) / (len(times) - 1))
+"""
+# sampler.py as it is, with the times of its steps.
+OURS = """
+import sys, time
+sys.path.insert(0, {root!r})
+import sampler
+from convert_weights import run_command
+times, sample = [], sampler.sample
+
+def timed(*args, callback=None, **options):
+    def after(i, x):
+        times.append(time.perf_counter())
+        if callback:
+            callback(i, x)
+    return sample(*args, callback=after, **options)
+
+sampler.sample = timed
+run_command(sampler.main)
+print("step", (times[-1] - times[0]) / (len(times) - 1))
+"""
+
+
+def memory(pid):
+    """GB of a process: what is its own, and all that is resident."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0, 0.0
+    found = {name: int(kb) / 1e6 for name, kb in re.findall(r"(Rss\w+|VmRSS):\s+(\d+) kB", text)}
+    return found.get("RssAnon", 0.0), found.get("VmRSS", 0.0)
+
+
+def run(name, code, arguments, folder):
+    """Runs a case and prints its row."""
+    start, highest = time.perf_counter(), (0.0, 0.0)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment)
+    output = []
+    reader = threading.Thread(target=lambda: output.extend(process.communicate()))
+    reader.start()
+    while reader.is_alive():
+        highest = tuple(map(max, highest, memory(process.pid)))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        lines = output[1].strip().splitlines() or [f"ended by signal {-process.returncode}"]
+        print(f"| {name} | {lines[-1][:90]} | | | |", flush=True)
+        return
+    step = float(re.search(r"^step (\S+)", output[0], re.M)[1])
+    print(f"| {name} | {seconds:.1f} | {step:.2f} | {highest[0]:.1f} | {highest[1]:.1f} |",
+          flush=True)
+
+
+def make(command, folder):
+    if not folder.exists():
+        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases with this in the name")
+    args = parser.parse_args()
+    args.scratch.mkdir(exist_ok=True)
+    official, int8 = args.scratch.absolute() / "official", args.scratch.absolute() / "int8"
+    sparse = ["--sparse"] if args.sparse else []
+    make(["-m", "tests.tools.make_synthetic", official, *sparse], official)
+    make(["convert_weights.py", official, int8, "--dtype", "int8"], int8)
+    ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
+    options = ["--device", "cpu", "--steps", args.steps, "--size", f"{args.size}x{args.size}"]
+    cases = {
+        "ours, int8": (ours, [PROMPT, "--model", int8, *options]),
+        "ours, bfloat16": (ours, [PROMPT, "--model", official, *options, "--dtype", "bfloat16"]),
+        "diffusers, bfloat16": (theirs, [official, args.size, args.steps, "bfloat16"])}
+    print(f"{args.size}x{args.size}, {args.steps} steps\n| | seconds | a step | own, GB | "
+          "resident, GB |\n|---|---|---|---|---|", flush=True)
+    for name, (code, arguments) in cases.items():
+        if args.only in name:
+            run(name, code, arguments, args.scratch)
+
+
+if __name__ == "__main__":
+    main()
