@@ -592,8 +592,8 @@ def parts_of_adapters(path, tensors, modules):
         if ADAPTER_PREFIX.sub("", stem) not in modules:
             strange.append(name)
         elif stored.number_type not in (PLAIN + INTEGERS if part == "alpha" else PLAIN):
-            raise UserError(f"{path}: {name} has numbers of type {stored.number_type}, as no "
-                            "adapter that is understood")
+            raise UserError(f"{path}: {name} has numbers of type {stored.number_type}, "
+                            "which no adapter should have")
         parts = found.setdefault(stem, {})
         if part in parts:
             raise UserError(f"{path} says the same twice: {parts[part].name} and {name}")

@@ -714,7 +714,7 @@ def read_batches(args):
 def draw(args, pipeline, record, function):
     """Draws and saves all pictures. In the loop a bad prompt is an error line, not the end.
 
-    The exit code then is 2, when the last line is read.
+    If one was bad, the exit code is 2 at the end of the loop.
     """
     failed = False
     count = len(args.prompt) * args.num_images

@@ -261,8 +261,10 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher_inputs):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--start", "nowhere"], "nowhere"), (["--start", str(CARDS / "teacher"), "--smoke"], "sizes"),
-    (["--start", str(TINY)], "tokenizer")])
+    (["--start", "nowhere", "--set", "bundled_vae=true"], "nowhere"),
+    (["--start", str(CARDS / "teacher"), "--smoke", "--set", "bundled_vae=true"], "sizes"),
+    (["--start", str(TINY), "--set", "bundled_vae=true"], "tokenizer"),
+    (["--start", str(CARDS / "teacher")], "bundled_vae")])
 def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
         tmp_path, monkeypatch, options, words):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])

@@ -1,11 +1,12 @@
-"""Every path of sampler.py and distill.py on a GPU, against the CPU in float32.
+"""The paths of sampler.py and distill.py that a device decides on, on a GPU and on the CPU.
 
     python -m tests.tools.check_gpu --out DIR                     a minute on a GPU
     python -m tests.tools.check_gpu --out DIR --device cpu        tries the script without one
 
-Both command lines run in this process with the bundled models. A row is a set of options: of a
-picture the largest and the mean difference from the CPU's picture, in gray levels of 255; of a
-distillation the largest relative difference from the losses on the CPU. A fault is a row, too.
+Both command lines run in this process with the bundled models; the CPU computes in float32. A row
+is a set of options. Of a picture it has the largest and the mean difference from the CPU's, in gray
+levels of 255; of a distillation the largest relative difference from the losses on the CPU. A fault
+is a row, too.
 """
 
 import json
@@ -26,21 +27,22 @@ from convert_weights import Parser, run_command
 
 PROMPTS = ["a panda on a red card with the word LOVE in white below it",
            "雪地里，一只狐狸，写着“福”"]
-TEACHER = f"--model {distill.BUNDLED / 'teacher'} --steps 4 --guidance 2"
-SHORT = "--iterations 4 --batch-size 4 --log-every 1 --overwrite"
+PLAIN = ["--dtype", "float32"]
+TEACHER = ["--model", str(distill.BUNDLED / "teacher"), "--steps", "4", "--guidance", "2"]
+SHORT = ["--iterations", "4", "--batch-size", "4", "--log-every", "1", "--overwrite"]
 # Options that every row and its reference have, and rows of further options.
-PICTURES = [("", [
+PICTURES = [([], [
     "--dtype float32", "", "--dtype float16", "--batch-size 2", "--weights int8", "--weights fp8",
     "--offload networks --dtype float32", "--offload blocks --dtype float32",
     "--offload blocks --weights int8", "--tile --dtype float32", "--attention math",
     "--attention flash", "--attention efficient", "--attention cudnn", "--compile",
     "--compile --weights int8", "--compile --weights fp8"]),
     (TEACHER, ["--dtype float32", "", "--guidance-every 2"]),
-    (f"{TEACHER} --negative-prompt red", ["--dtype float32"])]
+    ([*TEACHER, "--negative-prompt", "red"], ["--dtype float32"])]
 RUNS = [(SHORT, [
     "--dtype float32", "", "--accumulate 2 --dtype float32",
     "--checkpoint-activations --dtype float32", "--cache-features CACHE --dtype float32"]),
-    (f"{SHORT} --lora 8", ["--dtype float32", "", "--checkpoint-activations"])]
+    ([*SHORT, "--lora", "8"], ["--dtype float32", "", "--checkpoint-activations"])]
 
 
 def run(module, arguments):
@@ -68,15 +70,22 @@ def losses(folder, name, options):
 
 
 def compare(function, folder, device, groups):
-    """-> for each row of options: the options, what was found, the reference, seconds."""
+    """-> for each row of options: the options, what was found, seconds, the reference."""
     for common, rows in groups:
-        plain = [*common.split(), "--device", "cpu", "--dtype", "float32"]
-        reference, _ = function(folder, "reference", plain)
+        try:
+            reference, _ = function(folder, "reference", [*common, "--device", "cpu", *PLAIN])
+        except Exception as error:            # whatever it is: the other rows go on
+            traceback.print_exc()
+            yield f"reference of {' '.join(common)}", error, None, None
+            continue
         for i, row in enumerate(rows):
-            words = f"{common} {row} --device {device}".replace("CACHE", str(folder / "cache"))
+            words = [word.replace("CACHE", str(folder / "cache")) for word in row.split()]
             try:
-                yield row, *function(folder, f"row-{i}", words.split()), reference
-            except Exception as error:        # whatever it is: the other rows go on
+                found, seconds = function(
+                    folder, f"row-{i}", [*common, *words, "--device", device])
+                found - reference             # of the same shape?
+                yield row, found, seconds, reference
+            except Exception as error:
                 traceback.print_exc()
                 yield row, error, None, None
 
@@ -85,7 +94,7 @@ def print_rows(title, unit, function, measure, *arguments):
     print(f"\n{title}\n| options | {unit} | seconds |\n|---|---|---|", flush=True)
     for row, found, seconds, reference in compare(function, *arguments):
         if reference is None:
-            text = f"{type(found).__name__}: {str(found).splitlines()[0][:90]} |"
+            text = f"{type(found).__name__}: {' '.join(str(found).split())[:90]} |"
         else:
             text = f"{measure(np.abs(found - reference), reference)} | {seconds:.1f}"
         print(f"| `{row or 'none'}` | {text} |", flush=True)

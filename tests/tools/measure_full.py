@@ -1,12 +1,12 @@
-"""A picture at the release's size on this machine, from command to file, beside diffusers.
+"""A picture at the release's size on a CPU, from command to file, beside diffusers.
 
     python -m tests.tools.measure_full SCRATCH [--steps 8] [--size 256] [--sparse]
 
 Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 33 GB, none with --sparse: then
 all weights are zero, and products take the same time) and its int8 form (11 GB), and keeps both.
-Each case is a process of its own: seconds from its start to its end, the seconds of a step, and the
-most memory that it had at once. "own" is what the system cannot give back (RssAnon); "resident"
-also counts pages of mapped files, which it can.
+What a stopped run has left there has to be removed. Each case is a process of its own: seconds from
+its start to its end, the seconds of a step, and the most memory that it had at once. "own" is what
+the system cannot give back (RssAnon); "resident" also counts pages of mapped files, which it can.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def memory(pid):
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0, 0.0
-    found = {name: int(kb) / 1e6 for name, kb in re.findall(r"(Rss\w+|VmRSS):\s+(\d+) kB", text)}
+    found = re.findall(r"(RssAnon|VmRSS):\s+(\d+) kB", text)
+    found = {name: 1024 * int(kb) / 1e9 for name, kb in found}
     return found.get("RssAnon", 0.0), found.get("VmRSS", 0.0)
 
 
@@ -98,7 +99,9 @@ def main():
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD", help="cases with this in the name")
     args = parser.parse_args()
-    args.scratch.mkdir(exist_ok=True)
+    if args.steps < 2:
+        parser.error("--steps should be at least 2: a step is timed from one to the next")
+    args.scratch.mkdir(parents=True, exist_ok=True)
     official, int8 = args.scratch.absolute() / "official", args.scratch.absolute() / "int8"
     sparse = ["--sparse"] if args.sparse else []
     make(["-m", "tests.tools.make_synthetic", official, *sparse], official)

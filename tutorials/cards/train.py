@@ -23,6 +23,7 @@ the log, samples_*.png pictures for unseen prompts.
 """
 
 import copy
+import glob
 import itertools
 import json
 import math
@@ -380,7 +381,7 @@ def train_teacher(recipe, run, tokenizer, vae, cards):
     teacher.pt has the state. All workers take the same step, along the mean gradient.
     """
     nets = build(recipe, tokenizer.get_vocab_size())
-    if run.start:
+    if run.start and not os.path.exists(os.path.join(run.out, "teacher.pt")):
         copy_weights(run.start, nets, tokenizer)
     nets.to(run.device)
     averaged = copy.deepcopy(nets).requires_grad_(False)
@@ -540,10 +541,15 @@ class Cards(NamedTuple):
     lengths: torch.Tensor    # (N, K)
 
 
+def cards_file(folder, recipe):
+    """Where the latents are kept: other drawings are another file."""
+    return os.path.join(folder, f"cards-{recipe.seed}-{recipe.drawings}x{recipe.captions}.pt")
+
+
 @torch.no_grad()
 def encode_cards(recipe, run, vae, drawings):
-    """Latents of all drawings, computed once. They are kept in cards.pt."""
-    path = os.path.join(run.out, "cards.pt")
+    """Latents of all drawings, computed once and kept in a file."""
+    path = cards_file(run.out, recipe)
     if run.rank == 0 and not os.path.exists(path):
         drawings.wait(recipe.drawings)
         torch.set_num_threads(run.workers)                       # the others wait
@@ -957,6 +963,16 @@ def check_numbers(recipe):
         raise UserError("--set: dim should be a multiple of 32, and decay_from below 1")
 
 
+def check_start(args, recipe):
+    """UserError now, and not when the cards are drawn, if --start is no teacher for this run."""
+    if args.start and not recipe.bundled_vae:
+        raise UserError("--start goes with --set bundled_vae=true: a teacher knows the latents of "
+                        "its own VAE alone")
+    if args.start and not os.path.exists(os.path.join(args.out, "teacher.pt")):
+        tokenizer = data.build_tokenizer()
+        copy_weights(args.start, build(recipe, tokenizer.get_vocab_size()), tokenizer)
+
+
 def check(args, recipe):
     if args.workers < 1 or recipe.batch % args.workers:
         raise UserError(f"--workers should divide the batch of {recipe.batch}, "
@@ -971,9 +987,7 @@ def check(args, recipe):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} should be above 0")
     check_numbers(recipe)
-    if args.start:                     # now, not when the cards are drawn
-        tokenizer = data.build_tokenizer()
-        copy_weights(args.start, build(recipe, tokenizer.get_vocab_size()), tokenizer)
+    check_start(args, recipe)
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
@@ -994,9 +1008,10 @@ def main():
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
     drawings = Drawings(recipe, tokenizer)
     has_vae = recipe.bundled_vae or finished_vae(run) is not None
-    encoded = os.path.join(args.out, "cards.pt")
-    if not has_vae and os.path.exists(encoded):
-        os.remove(encoded)                                       # latents of another VAE
+    encoded = cards_file(args.out, recipe)
+    if not has_vae:
+        for old in glob.glob(os.path.join(glob.escape(args.out), "cards-*.pt")):
+            os.remove(old)                                       # latents of another VAE
     if not os.path.exists(encoded):
         on_gpu = args.device == "cuda"
         drawings.start(max(os.cpu_count() - 2, 1) if on_gpu else args.workers)
