@@ -390,7 +390,7 @@ def make_parser():
     add("--dtype", choices=["bfloat16", "float32", "float16"],
         help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--weights", choices=["int8", "fp8"], help="one byte for most weights, half the memory; "
-        "int8 is also faster on CPUs that multiply it")
+        "int8 is also faster on CPUs with VNNI and without AMX")
     add("--offload", nargs="?", const="networks", choices=["networks", "blocks"],
         help="keep a network on the GPU only while it works; blocks: two blocks of it at a time")
     add("--tile", action=argparse.BooleanOptionalAction,
