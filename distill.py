@@ -632,12 +632,13 @@ def main():
     sampler.keep_freed_memory()
     prompts = scale.PromptFile(args.prompts or BUNDLED / "prompts.txt")
     processes = scale.Processes(device)
-    if args.batch_size % processes.count:
+    share, rest = divmod(args.batch_size, processes.count)
+    if rest:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared equally by "
                         f"{processes.count} processes")
-    if args.accumulate > args.batch_size // processes.count:
+    if args.accumulate > share:
         raise UserError(f"--accumulate {args.accumulate} is more parts than a process has images: "
-                        f"{args.batch_size // processes.count} of --batch-size {args.batch_size}")
+                        f"{share} of --batch-size {args.batch_size}")
     # Weights that are trained whole are float32, and the teacher is like them.
     dtype = getattr(torch, args.dtype if args.lora or processes.count > 1 else "float32")
     pipeline = sampler.load_pipeline(args.teacher or BUNDLED / "teacher", device, dtype)

@@ -158,9 +158,9 @@ class CPULinear(nn.Linear):
 class Bfloat16Attention(Attention):
     """Attention in bfloat16 as two matrix products.
 
-    PyTorch's fused attention uses a CPU's bfloat16 instructions only with AMX, where it is 1.4 to
-    2 times as fast as this. Its matrix products always use them. A few heads at a time, so that
-    their scores (about two million) stay in the cache.
+    PyTorch's fused attention uses a CPU's bfloat16 instructions only with AMX, where it is faster
+    than this. Its matrix products always use them. A few heads at a time, so that their scores
+    (about two million) stay in the cache.
     """
 
     @staticmethod

@@ -18,12 +18,14 @@ import threading
 import time
 from pathlib import Path
 
+from tests.tools.measure_loading import make
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a panda on a red card with the word LOVE in white below it"
 DIFFUSERS = """
 import sys, time, torch, diffusers
-folder, size, steps, dtype = sys.argv[1:]
-pipeline = diffusers.ZImagePipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+folder, size, steps = sys.argv[1:]
+pipeline = diffusers.ZImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
 times = []
 image = pipeline({prompt!r}, height=int(size), width=int(size), num_inference_steps=int(steps),
                  guidance_scale=0.0,
@@ -86,11 +88,6 @@ def run(name, code, arguments, folder):
           flush=True)
 
 
-def make(command, folder):
-    if not folder.exists():
-        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scratch", type=Path)
@@ -104,14 +101,16 @@ def main():
     args.scratch.mkdir(parents=True, exist_ok=True)
     official, int8 = args.scratch.absolute() / "official", args.scratch.absolute() / "int8"
     sparse = ["--sparse"] if args.sparse else []
-    make(["-m", "tests.tools.make_synthetic", official, *sparse], official)
-    make(["convert_weights.py", official, int8, "--dtype", "int8"], int8)
+    make(official, *sparse)
+    if not int8.exists():
+        subprocess.run([sys.executable, ROOT / "convert_weights.py", official, int8,
+                        "--dtype", "int8"], check=True)
     ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
     options = ["--device", "cpu", "--steps", args.steps, "--size", f"{args.size}x{args.size}"]
     cases = {
         "ours, int8": (ours, [PROMPT, "--model", int8, *options]),
         "ours, bfloat16": (ours, [PROMPT, "--model", official, *options, "--dtype", "bfloat16"]),
-        "diffusers, bfloat16": (theirs, [official, args.size, args.steps, "bfloat16"])}
+        "diffusers, bfloat16": (theirs, [official, args.size, args.steps])}
     print(f"{args.size}x{args.size}, {args.steps} steps\n| | seconds | a step | own, GB | "
           "resident, GB |\n|---|---|---|---|---|", flush=True)
     for name, (code, arguments) in cases.items():

@@ -55,7 +55,13 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import sampler  # noqa: E402
-from convert_weights import Parser, UserError, run_command, save_pipeline  # noqa: E402
+from convert_weights import (  # noqa: E402
+    Parser,
+    UserError,
+    open_model,
+    run_command,
+    save_pipeline,
+)
 from files import write_whole  # noqa: E402
 from model import (  # noqa: E402
     VAE,
@@ -173,16 +179,11 @@ def build(recipe, vocabulary):
     return torch.nn.ModuleDict({"text_encoder": encoder, "dit": dit})
 
 
-def copy_weights(path, nets, tokenizer):
-    """Begins with the weights of the model in the directory `path`; UserError if it is another."""
+def copy_weights(path, nets):
+    """Begins with the weights of a model that check_start has found to fit."""
     model = sampler.load_pipeline(path)
-    if model.tokenizer.to_str() != tokenizer.to_str():
-        raise UserError(f"--start {path}: it was trained with another tokenizer")
     for name, net in nets.items():
-        theirs = getattr(model, name)
-        if theirs.config != net.config:
-            raise UserError(f"--start {path}: its {name.replace('_', ' ')} has other sizes")
-        net.load_state_dict(theirs.state_dict())
+        net.load_state_dict(getattr(model, name).state_dict())
 
 
 def optimizers(nets, recipe):
@@ -382,7 +383,7 @@ def train_teacher(recipe, run, tokenizer, vae, cards):
     """
     nets = build(recipe, tokenizer.get_vocab_size())
     if run.start and not os.path.exists(os.path.join(run.out, "teacher.pt")):
-        copy_weights(run.start, nets, tokenizer)
+        copy_weights(run.start, nets)
     nets.to(run.device)
     averaged = copy.deepcopy(nets).requires_grad_(False)
     muon, adam = optimizers(nets, recipe)
@@ -968,9 +969,16 @@ def check_start(args, recipe):
     if args.start and not recipe.bundled_vae:
         raise UserError("--start goes with --set bundled_vae=true: a teacher knows the latents of "
                         "its own VAE alone")
-    if args.start and not os.path.exists(os.path.join(args.out, "teacher.pt")):
-        tokenizer = data.build_tokenizer()
-        copy_weights(args.start, build(recipe, tokenizer.get_vocab_size()), tokenizer)
+    if not args.start or os.path.exists(os.path.join(args.out, "teacher.pt")):
+        return                         # a run that goes on has weights of its own
+    model, tokenizer = open_model(args.start), data.build_tokenizer()
+    if model.tokenizer.to_str() != tokenizer.to_str():
+        raise UserError(f"--start {args.start}: it was trained with another tokenizer")
+    configs = {"text_encoder": encoder_config(tokenizer.get_vocab_size()),
+               "dit": dit_config(recipe)}
+    for name, config in configs.items():
+        if model.networks[name].config != config:
+            raise UserError(f"--start {args.start}: its {name.replace('_', ' ')} has other sizes")
 
 
 def check(args, recipe):
