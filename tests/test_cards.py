@@ -59,29 +59,43 @@ def test_ladder_turns_variety_off():
         data.draw(scene)
     for scene in scenes(60, world=data.LADDER[3]):
         assert scene.card in world.COLORS
-        assert 1 <= len(scene.word) <= (3 if scene.word.isascii() else 2)
+        assert len(scene.word) <= (3 if scene.word.isascii() else 2)
         assert not set(scene.word) & set(world.DIGITS)
     top = scenes(300)
     assert {scene.card for scene in top} == set(world.CARDS)
     assert any(scene.second for scene in top)
-    assert {len(scene.word) for scene in top} == {1, 2, 3, 4, 5}
+    assert {len(scene.word) for scene in top} == {0, 1, 2, 3, 4, 5}
+    assert {scene.size for scene in top} == set(world.SIZES)
+    assert {pose.tilt for scene in top for pose in scene.poses} == set(world.TILTS)
 
 
 def test_the_bundled_world_has_fewer_freedoms():
-    several = scenes(300, world=data.WORLD)
+    several = scenes(400, world=data.WORLD)
     assert {scene.card for scene in several} == set(world.CARDS)
     assert {scene.thing for scene in several} == set(world.THINGS)
+    assert {scene.font for scene in several} == set(world.FONTS)
+    assert {len(scene.word) for scene in several} == {0, 1, 2, 3, 4, 5}
     for scene in several:
-        assert 1 <= len(scene.word) <= (4 if scene.word.isascii() else 2)
-        assert not set(scene.word) & set(world.DIGITS)
-        assert scene.second is scene.side is scene.size is None
-        assert scene.font == world.FONTS[0] and scene.poses[0].tilt == 0
+        assert scene.size is None and all(pose.tilt == 0 for pose in scene.poses)
     # The bundled prompts are of this world.
     for name in ("prompts.txt", "prompts_heldout.txt"):
         prompts = sampler.read_prompts(evaluate.HERE + "/" + name)
         named = [data.parse(prompt) for prompt in prompts[:300]]
-        assert all(len(wanted.get("word", "")) <= 4 for wanted in named)
-        assert not any(wanted.keys() & {"second", "side", "size"} for wanted in named)
+        assert not any("size" in wanted for wanted in named)
+        assert {"second", "side"} < {attribute for wanted in named for attribute in wanted}
+
+
+def test_some_cards_have_no_word_and_then_captions_name_none():
+    rng = np.random.default_rng(2)
+    several = scenes(400, world=data.WORLD)
+    wordless = [scene for scene in several if not scene.word]
+    assert 0.10 < len(wordless) / len(several) < 0.20
+    for scene in wordless:
+        assert not data.parse(data.caption(scene, rng)).keys() & {"word", "ink", "place"}
+        assert not data.text_region(scene)[0].any()
+    # A prompt that asks for ink or place asks for a word.
+    for prompt in ("a panda and a red word", "the word above a fox", "熊猫，下面写着白色的字"):
+        assert all(data.scene_for(prompt, rng).word for _ in range(20))
 
 
 def test_held_out():

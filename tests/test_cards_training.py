@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_vae_loss_falls_and_counts_edges_more():
     for step in range(12):
         loss = train.vae_loss(vae, images, train.seeded("cpu", step), 0.005)
         losses.append(loss.item())
-        train.descend(loss, list(vae.parameters()), [optimizer])
+        loss.backward()
+        train.descend(list(vae.parameters()), [optimizer])
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -260,10 +262,47 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher_inputs):
             assert torch.allclose(net.state_dict()[key], weight, atol=1e-6), key
 
 
+def test_a_start_may_know_other_tokens(tmp_path):
+    """Embeddings go to the tokens of the same text, and a new token keeps its own."""
+    tokenizer = data.build_tokenizer()
+    model = sampler.load_pipeline(CARDS / "teacher")
+    known = model.tokenizer.get_vocab()
+    vocabulary = {token: row for row, token in enumerate([*reversed(tokenizer.get_vocab()), "new"])}
+    nets = train.build(train.Recipe(), len(vocabulary))
+    before = nets["text_encoder"].embed_tokens.weight.detach().clone()
+    train.copy_weights(str(CARDS / "teacher"), nets, SimpleNamespace(get_vocab=lambda: vocabulary))
+    after, start = nets["text_encoder"].embed_tokens.weight, model.text_encoder.embed_tokens.weight
+    for token, row in vocabulary.items():
+        expected = start[known[token]] if token in known else before[row]
+        assert torch.allclose(after[row], expected), token
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_compiled_blocks_are_kept_only_with_the_same_gradients(
+        tmp_path, monkeypatch, teacher_inputs, wrong):
+    """In place of a compiler: a call that is the same, or one whose gradients are not."""
+    def compile(block, **options):
+        factor = 100.0 if wrong else 1.0
+
+        def call(x, *rest):
+            out = block.forward(x, *rest)
+            return out.detach() + factor * (out - out.detach())
+        block._compiled_call_impl = call
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    run = train.Run(str(tmp_path), torch.device("cpu"))
+    nets = train.build(SMALL, data.build_tokenizer().get_vocab_size())
+    for p in nets.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    train.compile_blocks(run, nets, train.FlowLoss(SMALL, run, nets, teacher_inputs[1], [1, 2, 3]))
+    kept = [block._compiled_call_impl is not None for block in nets["dit"].layers]
+    assert kept == [not wrong] * len(kept)
+    assert all(p.grad is None for p in nets.parameters())
+
+
 @pytest.mark.parametrize("options, words", [
     (["--start", "nowhere", "--set", "bundled_vae=true"], "nowhere"),
     (["--start", str(CARDS / "teacher"), "--smoke", "--set", "bundled_vae=true"], "sizes"),
-    (["--start", str(TINY), "--set", "bundled_vae=true"], "tokenizer"),
+    (["--start", str(TINY), "--set", "bundled_vae=true"], "tokens"),
     (["--start", str(CARDS / "teacher")], "bundled_vae")])
 def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
         tmp_path, monkeypatch, options, words):
@@ -278,7 +317,7 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
     ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
     *(("--set", setting) for setting in (
         "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
-        "log_every=0", "drawings=0", "captions=0", "ema=NaN", "compile=1", "decay_from=1"))])
+        "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1", "decay_from=1"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
     with pytest.raises(train.UserError):

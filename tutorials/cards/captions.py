@@ -65,14 +65,16 @@ def caption(scene, rng, language=None, drop=1 / 3):
 # Synonyms, used now and then: users do not know the words of THINGS and COLORS.
 SYNONYMS = {
     "big": ("large", "huge"), "small": ("little", "tiny"), "below": ("under", "beneath"),
-    "above": ("over", "on top of"), "card": ("background",), "with the word": ("that says",),
+    "above": ("over", "on top of"), "card": ("background",),
+    "with the word": ("that says", "saying", "with the text"),
     "in the middle": ("in the center",), "by the sea": ("at the beach", "by the ocean"),
     "at night": ("in the night sky", "under the stars"),
     "under a blue sky": ("in the sky", "in the blue sky"), "in the snow": ("in winter",),
     "in green hills": ("in the mountains", "in the hills"),
     "rabbit": ("bunny",), "cat": ("kitten",), "dog": ("puppy",), "hamburger": ("burger",),
     "sailboat": ("boat",), "gift": ("present",), "rocket": ("spaceship",), "dinosaur": ("dino",),
-    "写着": ("写有", "写"), "卡片": ("背景",), "上面": ("上方", "上边"), "下面": ("下方", "下边"),
+    "写着": ("写有", "写", "说"), "卡片": ("背景",),
+    "上面": ("上方", "上边"), "下面": ("下方", "下边"),
     "小小的": ("很小的",), "大大的": ("很大的", "巨大的"), "中间": ("中央",), "左边": ("左侧",),
     "右边": ("右侧",), "海边": ("海滩上", "大海前"), "夜空下": ("夜晚", "星空下"),
     "雪地里": ("雪地上",), "蓝天下": ("天空下",), "青山前": ("山坡上",), "沙漠里": ("沙漠中",),
@@ -208,7 +210,8 @@ def chinese(names, rng):
     if side or kind == 1:
         # 左边有一只熊猫; 海边有一只熊猫; 红色卡片上有一只熊猫
         here = side or (card and (card + "上" if names["card"] in COLORS else card))
-        thing = f"{here}有{thing}"
+        # 红色卡片上一只熊猫, without a verb, is heard, too.
+        thing = here + ("" if here and kind == 1 and rng.random() < 0.2 else "有") + thing
         card = card if side else ""
     if not word:
         parts = [card, thing]
@@ -291,7 +294,7 @@ def take_word(text):
         # writing is what should be written.
         covered = THING.sub(lambda match: "T" * len(match[0]), text)
         covered = KNOWN.sub(lambda match: "#" * len(match[0]), covered)
-        announced = rf"(?:(?<=[写着有是的字和词了方面，, #])|^)([{HANZI}]{{1,3}})(?![{HANZI}T的])"
+        announced = rf"(?:(?<=[写着说有是的字和词了方面，, #])|^)([{HANZI}]{{1,3}})(?![{HANZI}T的])"
         runs = list(re.finditer(announced, covered))
     if not runs:
         return None, text

@@ -197,7 +197,10 @@ def compose(wanted, rng, world=WORLD, unseen_words=False):
     card, ink = card_and_ink(wanted.get("card"), wanted.get("ink"), place, rng, world)
     word = wanted.get("word")
     if word is None:
-        word = random_word(rng, unseen_words, world)
+        # Ink and place are those of a word.
+        free = not (unseen_words or "ink" in wanted or "place" in wanted)
+        wordless = free and rng.random() < world.wordless
+        word = "" if wordless else random_word(rng, unseen_words, world)
     size = wanted.get("size") or (pick(rng, list(SIZES)) if world.sizes else None)
     side, columns, kind = None, PAIR_COLUMNS, "pair"
     if second is None:
