@@ -317,7 +317,8 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
     ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
     *(("--set", setting) for setting in (
         "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
-        "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1", "decay_from=1"))])
+        "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1",
+        "decay_from=1"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
     with pytest.raises(train.UserError):

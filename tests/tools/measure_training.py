@@ -1,0 +1,98 @@
+"""A training step of the cards' teacher: eager, replayed as a CUDA graph, and compiled.
+
+    python -m tests.tools.measure_training --device cuda       a minute and a half on an H200
+    python -m tests.tools.measure_training --batch 8           without a GPU: eager and compiled
+
+A row has how far loss and gradients lie from the eager ones (of the gradients the norm of the
+difference over their norm), and the median time of a step with both optimizers.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+
+import torch
+
+from convert_weights import Parser, number, run_command
+from distill import BUNDLED
+
+sys.path.insert(0, str(BUNDLED))
+import data
+import train
+
+STEP = 1                       # of the draws; its captions are padded to 32 tokens
+
+
+def setting(device, batch, folder):
+    """The bundled teacher with a batch of cards to learn -> nets, FlowLoss, recipe."""
+    recipe = replace(train.Recipe(), **train.GPU)
+    recipe = replace(recipe, bundled_vae=True, drawings=256, batch=batch, long_every=10 ** 9)
+    run = train.Run(folder, torch.device(device), start=str(BUNDLED / "teacher"))
+    tokenizer = data.build_tokenizer()
+    drawings = train.Drawings(recipe, tokenizer)
+    drawings.draw_chunks(0, 1)
+    cards = train.encode_cards(recipe, run, train.bundled_vae(device), drawings)
+    nets = train.build(recipe, tokenizer.get_vocab_size())
+    train.copy_weights(run.start, nets, tokenizer)
+    empty = train.token_ids(tokenizer, "")
+    return nets.to(device), train.FlowLoss(recipe, run, nets, cards, empty), recipe
+
+
+def gradients_of(backward, nets):
+    nets.zero_grad()
+    loss = backward(STEP)
+    parts = [p.grad.flatten() for p in nets.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(parts).clone()
+
+
+def step_time(backward, nets, recipe, steps):
+    """Median milliseconds of a step that changes next to nothing."""
+    optimizers = train.optimizers(nets, replace(recipe, muon_lr=1e-9, adam_lr=1e-9))
+    times = []
+    for step in range(steps + 3):
+        began = time.perf_counter()
+        loss = backward(STEP + step)
+        train.descend(list(nets.parameters()), optimizers)
+        loss.item()                                              # waits for the GPU
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[3:])
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=number(1, 10 ** 4, int), default=256)
+    parser.add_argument("--steps", type=number(1, 10 ** 4, int), default=20, help="to time")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", "Mismatch dtype")
+    with tempfile.TemporaryDirectory() as folder:
+        nets, flow, recipe = setting(args.device, args.batch, folder)
+        loss, gradients = gradients_of(flow.backward, nets)
+        print(f"batch {args.batch} on {args.device}, PyTorch {torch.__version__}\n\n"
+              "| | loss | gradients | ms a step |\n|---|---|---|---|")
+
+        def row(name, backward):
+            other_loss, other = gradients_of(backward, nets)
+            far = float((other - gradients).norm() / gradients.norm())
+            took = step_time(backward, nets, recipe, args.steps)
+            print(f"| {name} | {abs(other_loss - loss):.1e} | {far:.1e} | {took:.1f} |", flush=True)
+
+        def replayed():
+            return train.Recorded(flow, list(nets.parameters()))
+
+        row("eager", flow.backward)
+        if args.device == "cuda":
+            row("CUDA graph", replayed())
+        dit = nets["dit"]
+        for block in [*dit.context_refiner, *dit.noise_refiner, *dit.layers]:
+            block.compile(dynamic=False)
+        row("compiled", flow.backward)
+        if args.device == "cuda":
+            row("compiled, CUDA graph", replayed())
+
+
+if __name__ == "__main__":
+    run_command(main)
