@@ -96,6 +96,15 @@ def test_some_cards_have_no_word_and_then_captions_name_none():
     # A prompt that asks for ink or place asks for a word.
     for prompt in ("a panda and a red word", "the word above a fox", "熊猫，下面写着白色的字"):
         assert all(data.scene_for(prompt, rng).word for _ in range(20))
+    # One that names nothing of a word is that of a card without one. Held-out cards have words.
+    assert not any(data.scene_for("a panda by the sea", rng).word for _ in range(20))
+    assert all(scene.word for scene in scenes(60, world=data.WORLD, held_out=True))
+
+
+def test_no_prompt_is_in_both_lists():
+    lists = [set(sampler.read_prompts(evaluate.HERE + "/" + name))
+             for name in ("prompts.txt", "prompts_heldout.txt")]
+    assert len(lists[0]) == 4000 and len(lists[1]) == 1000 and not lists[0] & lists[1]
 
 
 def test_held_out():

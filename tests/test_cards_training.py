@@ -1,7 +1,9 @@
 """Training of the cards model: every stage, resuming, workers, the loss, the optimizer."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -291,9 +293,10 @@ def test_compiled_blocks_are_kept_only_with_the_same_gradients(
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     run = train.Run(str(tmp_path), torch.device("cpu"))
     nets = train.build(SMALL, data.build_tokenizer().get_vocab_size())
-    for p in nets.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+    before = copy.deepcopy(nets.state_dict())
     train.compile_blocks(run, nets, train.FlowLoss(SMALL, run, nets, teacher_inputs[1], [1, 2, 3]))
+    for name, weight in nets.state_dict().items():
+        assert torch.equal(weight, before[name]), name
     kept = [block._compiled_call_impl is not None for block in nets["dit"].layers]
     assert kept == [not wrong] * len(kept)
     assert all(p.grad is None for p in nets.parameters())
@@ -303,9 +306,15 @@ def test_compiled_blocks_are_kept_only_with_the_same_gradients(
     (["--start", "nowhere", "--set", "bundled_vae=true"], "nowhere"),
     (["--start", str(CARDS / "teacher"), "--smoke", "--set", "bundled_vae=true"], "sizes"),
     (["--start", str(TINY), "--set", "bundled_vae=true"], "tokens"),
+    (["--start", "OTHER_VAE", "--set", "bundled_vae=true"], "another VAE"),
     (["--start", str(CARDS / "teacher")], "bundled_vae")])
 def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
         tmp_path, monkeypatch, options, words):
+    if options[1] == "OTHER_VAE":
+        options = ["--start", str(shutil.copytree(CARDS / "teacher", tmp_path / "a")), *options[2:]]
+        config = json.loads((tmp_path / "a" / "config.json").read_text())
+        config["vae"]["scaling_factor"] *= 2
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
     with pytest.raises(train.UserError, match=words):
         train.main()

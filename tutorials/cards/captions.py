@@ -210,7 +210,7 @@ def chinese(names, rng):
     if side or kind == 1:
         # 左边有一只熊猫; 海边有一只熊猫; 红色卡片上有一只熊猫
         here = side or (card and (card + "上" if names["card"] in COLORS else card))
-        # 红色卡片上一只熊猫, without a verb, is heard, too.
+        # 红色卡片上一只熊猫: people also leave out 有.
         thing = here + ("" if here and kind == 1 and rng.random() < 0.2 else "有") + thing
         card = card if side else ""
     if not word:

@@ -1,4 +1,4 @@
-"""Cards: a small world to distill on. A picture of a thing, and a word written on it.
+"""Cards: a small world to distill on. A thing or two, and mostly a word, on a card or a landscape.
 
     scene = random_scene(rng)      what is in the picture, and where exactly
     draw(scene)                    (128, 128, 3) uint8
@@ -15,6 +15,7 @@ in eight words.
 """
 
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class Scene(NamedTuple):
     thing: str
     second: str | None          # a second thing, right of the first one
     card: str                      # a name of CARDS
-    word: str
+    word: str                      # "": there is none, and ink, place, x and y mean nothing
     ink: str
     place: str                     # "above" or "below": the word, seen from the thing
     side: str | None            # of a single thing; None in a world where it does not vary
@@ -152,6 +153,8 @@ def random_scene(rng, held_out=False, unseen_words=False, world=WORLD):
     rng: numpy Generator. held_out: with a combination of thing, card and ink out of the held-out
     ones. unseen_words: with a word out of the held-out ones.
     """
+    if held_out:      # without a word there is no ink, and nothing of the card would be new
+        world = replace(world, wordless=0.0)
     while True:
         scene = compose({}, rng, world, unseen_words)
         if is_held_out(scene) == held_out:
@@ -165,8 +168,14 @@ def is_held_out(scene):
 
 
 def scene_for(prompt, rng, world=WORLD):
-    """A scene that shows what the prompt names, the rest left to chance."""
-    return compose(parse(prompt), rng, world)
+    """A scene that shows what the prompt names, the rest left to chance.
+
+    A caption without word, ink and place is nearly always that of a card without a word.
+    """
+    wanted = parse(prompt)
+    if world.wordless and not wanted.keys() & {"word", "ink", "place"}:
+        wanted["word"] = ""
+    return compose(wanted, rng, world)
 
 
 def card_and_ink(card, ink, place, rng, world):
@@ -197,7 +206,7 @@ def compose(wanted, rng, world=WORLD, unseen_words=False):
     card, ink = card_and_ink(wanted.get("card"), wanted.get("ink"), place, rng, world)
     word = wanted.get("word")
     if word is None:
-        # Ink and place are those of a word.
+        # Who names ink or place wants a word.
         free = not (unseen_words or "ink" in wanted or "place" in wanted)
         wordless = free and rng.random() < world.wordless
         word = "" if wordless else random_word(rng, unseen_words, world)
@@ -264,8 +273,10 @@ def prompt_list(count, seed, held_out=True, unseen_words=None, drop=1 / 3, world
 
 
 def main():
-    lists = {"prompts.txt": prompt_list(4000, 1, held_out=False, unseen_words=False),
-             "prompts_heldout.txt": prompt_list(1000, 2)}
+    known = prompt_list(4000, 1, held_out=False, unseen_words=False)
+    # A short caption may fit a card of either kind.
+    new = [prompt for prompt in prompt_list(1100, 2) if prompt not in known][:1000]
+    lists = {"prompts.txt": known, "prompts_heldout.txt": new}
     for name, prompts in lists.items():
         path = os.path.join(HERE, name)
         with open(path + ".part", "w", encoding="utf-8") as file:
