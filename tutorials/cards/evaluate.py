@@ -50,7 +50,8 @@ FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "
 def judge(reading, wanted):
     """What was read and what a prompt names -> {attribute: right or not}, and "joint", "strict".
 
-    A prompt that names one thing wants no second one; the order of two things is free.
+    A prompt that names one thing wants no second one; the order of two things is free. One that
+    names no word is content with any word, or none.
     """
     hits = {a: reading[a] == name for a, name in wanted.items() if a not in ("thing", "second")}
     shown = {reading["thing"], reading["second"]} - {None}
