@@ -264,7 +264,7 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher_inputs):
             assert torch.allclose(net.state_dict()[key], weight, atol=1e-6), key
 
 
-def test_a_start_may_know_other_tokens(tmp_path):
+def test_a_start_may_know_other_tokens():
     """Embeddings go to the tokens of the same text, and a new token keeps its own."""
     tokenizer = data.build_tokenizer()
     model = sampler.load_pipeline(CARDS / "teacher")

@@ -20,6 +20,7 @@ import torch
 import sampler
 from convert_weights import Parser, number, run_command
 from distill import BUNDLED
+from scale import blocks_of
 
 sys.path.insert(0, str(BUNDLED))
 import data
@@ -84,8 +85,7 @@ def main():
         row("eager", flow.backward)
         if args.device == "cuda":
             row("CUDA graph", replayed())
-        dit = nets["dit"]
-        for block in [*dit.context_refiner, *dit.noise_refiner, *dit.layers]:
+        for block in blocks_of(nets["dit"]):
             block.compile(dynamic=False)
         row("compiled", flow.backward)
         if args.device == "cuda":

@@ -75,6 +75,7 @@ from model import (  # noqa: E402
     VAEConfig,
     joint_positions,
 )
+from scale import blocks_of  # noqa: E402
 
 # RMSNorm multiplies in float32 under autocast, on purpose.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -396,8 +397,7 @@ def compile_blocks(run, nets, flow):
     blocks stay as they are and the run goes on. (PyTorch 2.11 on an H200 in bfloat16: the loss is
     the same, and the gradients are hundreds of times too large.)
     """
-    dit, began = nets["dit"], time.monotonic()
-    blocks = [*dit.context_refiner, *dit.noise_refiner, *dit.layers]
+    blocks, began = blocks_of(nets["dit"]), time.monotonic()
     weights = [p.detach().clone() for p in nets.parameters()]
     for p in nets.parameters():        # at its start a network has zeros, which stop gradients
         torch.nn.init.normal_(p, std=0.05)
