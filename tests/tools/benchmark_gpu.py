@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sampler
+from hardware import QUANTIZED_DTYPES
 from model import VAE, DiT, DiTConfig, Text, TextEncoder, TextEncoderConfig, VAEConfig
 
 STEPS = 8
@@ -126,7 +127,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default="benchmark_gpu.jsonl")
     parser.add_argument("--sides", type=int, nargs="+", default=[1024, 512])
-    formats = ["bfloat16", "fp8", "int8"]
+    formats = ["bfloat16", *QUANTIZED_DTYPES]
     parser.add_argument("--weights", nargs="+", choices=formats, default=formats)
     args = parser.parse_args()
     report = Report(args.out)
