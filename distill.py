@@ -288,7 +288,7 @@ class Run:
         self.text_of = self.encode
         if args.cache_features:
             self.text_of = scale.FeatureCache(
-                args.cache_features, pipeline, prompts, fingerprints(args), self.processes)
+                args.cache_features, pipeline, prompts, self.processes)
             pipeline.text_encoder.cpu()        # frees the GPU; nothing more is encoded
         networks = scale.LowRankNetworks if args.lora else scale.WholeNetworks
         self.learners = networks(pipeline.dit, args, self.processes)
@@ -312,7 +312,12 @@ class Run:
         all_times = shift_time(torch.arange(0.05, 1, 0.1), settings.shift)
         self.fake_floor = scale.mean_loss(
             partial(self.nets.fake_loss, self.nets.teacher), reference, self.shown, all_times)
-        self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
+        self.progress = scale.Progress()
+        if not args.overwrite:
+            self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
+        if self.progress.done > args.iterations:
+            raise UserError(f"--iterations {args.iterations}: the run in {args.out} has done "
+                            f"{self.progress.done} already")
 
     def encode(self, items):
         return encode_prompts(self.pipeline, [self.prompts[i] for i in items])
@@ -388,29 +393,31 @@ class Run:
         return torch.stack(latents)
 
     def averaged_student(self):
-        """The averaged student as a Pipeline. All processes have to call this."""
+        """The averaged student as a Pipeline. All processes have to call this.
+
+        Its DiT is on the CPU if it had to be put together, and None on all processes but the first.
+        """
         steps = self.args.steps
         return replace(self.pipeline, dit=self.learners.plain(), shift=self.settings.shift,
                        steps=steps[0], guidance=0.0, trained_steps=steps if steps[1:] else steps[0])
 
     @torch.no_grad()
-    def save(self):
-        """samples/, student/, then the checkpoint; each is written beside its place and renamed."""
+    def save_student(self):
+        """samples/ and student/; each file is written beside its place and renamed."""
         latents = self.sample(self.averaged, time_schedule(self.args.steps[0], self.settings.shift))
         student, p = self.averaged_student(), self.progress
-        if self.processes.rank == 0:
-            images = sampler.decode(student, latents)
-            p.saturation = float((images.amax(1) - images.amin(1)).mean())
-            picture = partial(scale.picture_grid(images).save, format="PNG")
-            write_whole(self.out / "samples" / f"{p.done:06d}.png", picture)
-            convert_weights.save_pipeline(
-                self.out / "student", student.dit, student.text_encoder, student.vae,
-                student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
-                guidance=0.0, size=student.size, trained_steps=student.trained_steps)
-            if self.args.lora:
-                self.learners.adapters.save("averaged", self.out / "lora.safetensors")
-        self.save_checkpoint()
-        return student
+        if self.processes.rank > 0:
+            return
+        images = sampler.decode(student, latents)
+        p.saturation = float((images.amax(1) - images.amin(1)).mean())
+        picture = partial(scale.picture_grid(images).save, format="PNG")
+        write_whole(self.out / "samples" / f"{p.done:06d}.png", picture)
+        convert_weights.save_pipeline(
+            self.out / "student", student.dit, student.text_encoder, student.vae,
+            student.tokenizer, student.shift, dtype=torch.bfloat16, steps=student.steps,
+            guidance=0.0, size=student.size, trained_steps=student.trained_steps)
+        if self.args.lora:
+            self.learners.adapters.save("averaged", self.out / "lora.safetensors")
 
     def tensors(self):
         """What a checkpoint holds: {name: tensor} of weights and of the optimizers' state."""
@@ -433,11 +440,13 @@ class Run:
         for name in p.recent[0] if p.recent else ():
             line[name] = sum(metrics[name] for metrics in p.recent) / len(p.recent)
         if p.recent:
-            line["dm_over_ca"] = line["dm_rms"] / max(line["ca_rms"], 1e-12)
             line["std_ratio"] = line["x_std"] / self.reference_std
-        line |= {"saturation": p.saturation, "skipped": p.skipped, "seconds": p.seconds,
-                 "fake_floor": self.fake_floor, "fake_lr": self.args.fake_lr,
-                 "lr": learning_rate(p.done - 1, self.args)}
+        if line.get("ca_rms"):
+            line["dm_over_ca"] = line["dm_rms"] / line["ca_rms"]
+        line |= {"skipped": p.skipped, "seconds": p.seconds, "fake_floor": self.fake_floor,
+                 "fake_lr": self.args.fake_lr, "lr": learning_rate(p.done - 1, self.args)}
+        if p.saturation:
+            line["saturation"] = p.saturation
         line = {name: float(f"{value:.6g}") for name, value in line.items()}
         p.recent = []
         if self.processes.rank == 0:
@@ -460,40 +469,46 @@ def learning_rate(i, args):
     return args.lr * max(min((i + 1) / RAMP, fall), 0)
 
 
-def train(pipeline, prompts, settings, args, callback=None, **changes):
+def train(run, callback=None):
     """Distils -> the student as a Pipeline, with the running average of its weights.
 
-    It goes on from the newest checkpoint in args.out. SIGINT and SIGTERM save a checkpoint and
-    end the process, with exit codes 130 and 0. callback(iteration, student): at checkpoints.
-    changes: see Run.
+    It goes on from where the Run stands. SIGINT and SIGTERM save a checkpoint and end the process,
+    with exit codes 130 and 0. callback(iteration, student): at checkpoints.
     """
-    run = Run(pipeline, prompts, settings, args, **changes)
-    p, began, student = run.progress, time.perf_counter() - run.progress.seconds, None
+    args, p, began = run.args, run.progress, time.perf_counter() - run.progress.seconds
+    missing = range(p.done, args.iterations)
     bar = tqdm(desc="distilling", total=args.warmup + args.iterations, initial=p.warmed + p.done,
                disable=run.processes.rank > 0)
     # On a CPU the plain attention kernel's backward is faster than the fused kernel's. It is chosen
     # for both passes: --checkpoint-activations computes blocks again in the backward pass.
-    kernel = sdpa_kernel(SDPBackend.MATH) if pipeline.device.type == "cpu" else nullcontext()
+    is_cpu = run.pipeline.device.type == "cpu"
+    kernel = sdpa_kernel(SDPBackend.MATH) if is_cpu else nullcontext()
     with scale.StopSignals() as stop, bar, kernel:
         for i in range(p.warmed, args.warmup):
             run.warm_up_once(i)
             bar.update()
             run.end_if_asked(stop.number)
-        for i in range(p.done, args.iterations):
+        for i in missing:
             run.iterate(i)
             bar.update()
             p.seconds = time.perf_counter() - began
             last = p.done == args.iterations
+            is_due = (p.done % args.sample_every == 0 and not p.in_a_row) or last
+            if is_due:
+                run.save_student()
             if p.done % args.log_every == 0 or last:
                 run.log()
-            if (p.done % args.sample_every == 0 and not p.in_a_row) or last:
-                student = run.save()
-                if callback:
-                    callback(p.done, student)
+            if is_due:
+                run.save_checkpoint()          # after the line that belongs to it
+            if is_due and callback:
+                paused = time.perf_counter()
+                callback(p.done, run.averaged_student())
+                began += time.perf_counter() - paused
             run.end_if_asked(stop.number)
-        student = student or run.save()        # a run that had ended, or was stopped before saving
-    pipeline.text_encoder.to(pipeline.device)  # back from where a FeatureCache has left it
-    return student
+        if not missing:                        # the run had ended; its student may be gone
+            run.save_student()
+            run.save_checkpoint()
+    return run.averaged_student()
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -590,8 +605,8 @@ def resumed_arguments(args, given):
     """The options of the run in args.out, and over them those that are given now."""
     out = Path(args.out)
     config = scale.read_run(out)
-    if config is None or not scale.checkpoints(out / "checkpoints"):
-        raise UserError(f"--resume: there is no checkpoint of a run in {out}")
+    if config is None:
+        raise UserError(f"--resume: there is no run in {out}")
     words = config.get("arguments")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{out}/config.json is damaged: it has no list of arguments")
@@ -653,8 +668,12 @@ def main():
     settings = make_settings(args, pipeline)
     config = {"made_by": "distill.py", "torch": torch.__version__,
               "fingerprints": fingerprints(args), "arguments": scale.as_arguments(args)}
-    with scale.folder_of_run(args, config, processes), processes.end_together():
-        train(pipeline, prompts, settings, args)
+    # Until there is something to save. What is half-written is removed on the way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with processes.end_together(), scale.folder_of_run(args, config, processes):
+        run = Run(pipeline, prompts, settings, args)
+        scale.begin_run(args, config, processes)
+        train(run)
     if processes.rank == 0:
         student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"

@@ -1341,7 +1341,7 @@ def check_release(path):
 def fingerprint(path):
     """A hash of what is in a file, or in the model files (else all files) of a directory.
 
-    Of a file above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take a
+    Of weights above 64 MB only 1,024 evenly spaced blocks of 4 KB are read, so that 20 GB take a
     moment: other weights are noticed, a single changed number may not be. The place does not count.
     """
     path = Path(path)
@@ -1352,11 +1352,13 @@ def fingerprint(path):
         for file in models or files:
             size = file.stat().st_size
             digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
-            whole = size <= 1 << 26
+            is_sampled = size > 1 << 26 and file.suffix in (".safetensors", ".gguf")
             with open(file, "rb") as data:
-                for i in range(1 if whole else 1024):
+                for i in range(1024 if is_sampled else 0):
                     data.seek((size - 4096) * i // 1023)
-                    digest.update(data.read(-1 if whole else 4096))
+                    digest.update(data.read(4096))
+                while not is_sampled and (block := data.read(1 << 23)):
+                    digest.update(block)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ training_step knows nothing of this file. Each part is applied to built networks
 tutorials/from_laptop_to_cluster.md has the commands.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -20,8 +21,9 @@ import re
 import shlex
 import shutil
 import signal
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -144,11 +146,11 @@ class Adapters:
 
     @torch.no_grad()
     def merged(self, name):
-        """A plain DiT with the weights W + B A."""
-        state = {key: w for key, w in self.dit.state_dict().items() if ".lora_" not in key}
+        """A plain DiT on the CPU with the weights W + B A: a GPU may have no room for a second."""
+        state = {key: w.cpu() for key, w in self.dit.state_dict().items() if ".lora_" not in key}
         for key, layer in self.layers.items():
             w = layer.weight + layer.lora_B[name] @ layer.lora_A[name]
-            state[f"{key}.weight"] = w.to(layer.weight.dtype)
+            state[f"{key}.weight"] = w.to(layer.weight.dtype).cpu()
         return plain_dit(self.dit.config, state)
 
     def save(self, name, path):
@@ -172,7 +174,9 @@ class Processes:
         if self.count > 1 and device.type == "cuda":
             torch.cuda.set_device(device)     # fully_shard and nccl take the current device
         if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while one encodes prompts that are missing in a cache.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=2))
 
     def share(self, x):
         """This process's part of a batch (B, ...)."""
@@ -252,7 +256,7 @@ class WholeNetworks:
     """Student, fake and the student's average as copies of the teacher."""
 
     def __init__(self, teacher, args, processes):
-        self.nets = {"teacher": teacher.requires_grad_(False)}
+        self.nets, self.processes = {"teacher": teacher.requires_grad_(False)}, processes
         for name in LEARNERS:
             state = teacher.state_dict()
             if processes.count == 1:           # sharding makes copies anyway
@@ -266,12 +270,18 @@ class WholeNetworks:
         self.weights = {name: dict(self.nets[name].named_parameters()) for name in LEARNERS}
 
     def plain(self):
-        """The average as a DiT that is not sharded. All processes have to call this."""
-        net = self.nets["averaged"]
-        if not hasattr(net, "unshard"):
+        """The average as a DiT that is not sharded, on the first process; None on the others.
+
+        All processes have to call this.
+        """
+        net, state = self.nets["averaged"], {}
+        if self.processes.count == 1:
             return net
-        state = {name: w.full_tensor().cpu() for name, w in net.state_dict().items()}
-        return plain_dit(net.config, state)
+        for name, shard in net.state_dict().items():
+            w = shard.full_tensor()            # all processes take part
+            if self.processes.rank == 0:
+                state[name] = w.cpu()
+        return plain_dit(net.config, state) if state else None
 
 
 class LowRankNetworks:
@@ -284,12 +294,16 @@ class LowRankNetworks:
         self.nets = {name: partial(self.adapters.call, name) for name in LEARNERS}
         self.nets["teacher"] = partial(self.adapters.call, None)
         self.weights = {name: self.adapters.weights(name) for name in LEARNERS}
-        self.plain = partial(self.adapters.merged, "averaged")
+        self.processes = processes
         for name, weights in self.weights.items():
             for p in weights.values():
                 p.requires_grad_(name != "averaged")
                 if processes.count > 1 and p.requires_grad:
                     p.register_post_accumulate_grad_hook(processes.average_gradient)
+
+    def plain(self):
+        """The average as a DiT without adapters, on the first process; None on the others."""
+        return self.adapters.merged("averaged") if self.processes.rank == 0 else None
 
 
 def adam(weights, lr, momentum):
@@ -328,12 +342,16 @@ def interpolate(weights, targets, fraction):
 
 
 class PromptFile:
-    """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large."""
+    """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large.
+
+    UserError if the file is another one later.
+    """
 
     def __init__(self, path):
         self.path, self.starts, position = path, [], 0
         try:
             with open(path, "rb") as file:
+                self.state = self.state_of(file)
                 for line in file:
                     if line.decode("utf-8-sig").strip():
                         self.starts.append(position)
@@ -347,29 +365,50 @@ class PromptFile:
     def __len__(self):
         return len(self.starts)
 
+    @staticmethod
+    def state_of(file):
+        """What changes when somebody edits the file: its size and the time of the last write."""
+        status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns
+
     def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return file.readline().decode("utf-8-sig").strip()
+        with suppress(OSError), open(self.path, "rb") as file:
+            if self.state_of(file) == self.state:
+                file.seek(self.starts[i])
+                return file.readline().decode("utf-8-sig").strip()
+        raise UserError(f"the prompts in {self.path} were changed or removed during the run; put "
+                        "them back and go on with --resume")
+
+
+def encoder_key(pipeline):
+    """A hash of tokenizer and text encoder: of at most 4,096 numbers of each weight, and its dtype.
+
+    Other weights are noticed; a single changed number may not be.
+    """
+    digest = hashlib.sha256(pipeline.tokenizer.to_str().encode())
+    for name, w in pipeline.text_encoder.state_dict().items():
+        some = w.flatten()[::-(-w.numel() // 4096)]
+        digest.update(f"{name} {tuple(w.shape)} {w.dtype} {some.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 class FeatureCache:
     """The text features of all prompts in safetensors files, encoded once.
 
-    `key` tells teacher and prompts from others. A cache of others, or of another dtype, is refused.
+    A cache of another text encoder, tokenizer or prompt file, or of another dtype, is refused.
     """
     SIZE = 256                   # prompts a file
 
-    def __init__(self, folder, pipeline, prompts, key, processes):
+    def __init__(self, folder, pipeline, prompts, processes):
         self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
         self.width = pipeline.text_encoder.config.hidden_size
-        key = [*key, str(next(pipeline.text_encoder.parameters()).dtype)]
+        key = [convert_weights.fingerprint(prompts.path), encoder_key(pipeline)]
         if processes.rank == 0 and not note.exists():
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
         if convert_weights.read_json(note).get("key") != key:
-            raise UserError(f"--cache-features: {folder} is of another teacher, prompt file or "
-                            "--dtype; name another directory")
+            raise UserError(f"--cache-features: {folder} is of another text encoder, prompt file "
+                            "or --dtype; name another directory")
         starts = range(0, len(prompts), self.SIZE)[processes.rank::processes.count]
         for start in tqdm([i for i in starts if not self.file(i).exists()], "encoding prompts"):
             items = range(start, min(start + self.SIZE, len(prompts)))
@@ -413,7 +452,7 @@ class Progress:
     skipped: int = 0         # iterations whose gradient was not finite
     in_a_row: int = 0        # skipped ones since the last good iteration
     seconds: float = 0.0
-    saturation: float = 0.0  # of the newest sample pictures
+    saturation: float = 0.0  # of the newest sample pictures; 0: there are none yet
     recent: list = field(default_factory=list)     # metrics since the last line of the log
 
 
@@ -448,13 +487,15 @@ def save_checkpoint(folder, tensors, progress, keep, processes):
     first = processes.rank == 0
     target = folder / f"{progress.warmed + progress.done:08d}"
     folder.mkdir(exist_ok=True)
+    if processes.from_first(target.exists()):
+        return
     try:
         place = temporary(folder, Path.mkdir)
         with place if first else nullcontext() as made:
             part = processes.from_first(made)
             writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
             dcp.save(tensors, storage_writer=writer)
-            if first and not target.exists():
+            if first:
                 (part / "progress.json").write_text(json.dumps(asdict(progress)))
                 os.replace(part, target)
     except FILE_FAULTS as error:
@@ -480,24 +521,24 @@ def without_log():
 def load_checkpoint(out, tensors, processes):
     """Reads the newest checkpoint of the run in `out` into `tensors` -> Progress.
 
-    Lines of log.jsonl that are newer are cut off. A new run has no checkpoint and stands at 0.
+    Lines of log.jsonl that are newer are cut off. Without a checkpoint a run stands at 0.
     """
-    folders = checkpoints(out / "checkpoints")
-    if not folders:
-        return Progress()
+    folders, log, lines = checkpoints(out / "checkpoints"), out / "log.jsonl", []
+    progress = Progress()
     try:
-        with without_log():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
-        progress = read_progress(folders[-1] / "progress.json")
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        if folders:
+            with without_log():
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
+            progress = read_progress(folders[-1] / "progress.json")
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         # A killed process can leave half a line: it does not end in a newline.
         lines = [line for line in lines if line.endswith("\n")
                  and json.loads(line)["iteration"] <= progress.done]
     except FILE_FAULTS as error:
         raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
                         "remove it to go on from the checkpoint before it") from None
-    if processes.rank == 0:
-        write_whole(out / "log.jsonl", lambda part: part.write_text("".join(lines)))
+    if processes.rank == 0 and log.exists():
+        write_whole(log, lambda part: part.write_text("".join(lines)))
     return progress
 
 
@@ -554,12 +595,17 @@ def as_arguments(args):
     return words
 
 
+OLD_FOLDERS = "checkpoints", "samples", "student"      # what --overwrite removes
+OLD_FILES = "lora.safetensors", "log.jsonl", "config.json"
+
+
 def check_folder(args):
     """UserError where args.out cannot be the folder of a run with these options."""
     out = Path(args.out)
+    removed = [(out / name).resolve() for name in (*OLD_FOLDERS, *OLD_FILES) if args.overwrite]
     for name in ("teacher", "prompts", "cache_features"):
         place = Path(getattr(args, name) or os.devnull).resolve()
-        would_be_removed = args.overwrite and out.resolve() in place.parents
+        would_be_removed = any(old in (place, *place.parents) for old in removed)
         if would_be_removed or (name == "teacher" and place in out.resolve().parents):
             raise UserError(f"--out {out} and --{name.replace('_', '-')} {place} lie in one "
                             "another: take another --out")
@@ -571,24 +617,37 @@ def check_folder(args):
                             "--overwrite, or give another --out")
 
 
+def write_config(out, config):
+    """config.json says how to repeat a run, and that the folder is one."""
+    text = json.dumps(config, indent=1)
+    write_whole(out / "config.json", lambda part: part.write_text(text))
+
+
 @contextmanager
 def folder_of_run(args, config, processes):
-    """A context in which args.out is this run's alone; config.json says how to repeat it."""
+    """A context in which args.out is this run's alone. What is in it stays as it is."""
     with ExitStack() as stack:
         if processes.rank == 0:
             out = Path(args.out)
             check_folder(args)
             stack.enter_context(alone_in(out))
-            if args.overwrite:
-                for name in ("checkpoints", "samples", "student"):
-                    shutil.rmtree(out / name, ignore_errors=True)
-                for name in ("lora.safetensors", "log.jsonl", "config.json"):
-                    (out / name).unlink(missing_ok=True)
-            text = json.dumps(config, indent=1)
-            write_whole(out / "config.json", lambda part: part.write_text(text))
-            (out / "log.jsonl").touch()
+            if read_run(out) is None:
+                write_config(out, config)
         processes.from_first()
         yield
+
+
+def begin_run(args, config, processes):
+    """Removes the run that was in args.out (--overwrite), when nothing can be refused any more."""
+    if processes.rank == 0:
+        out = Path(args.out)
+        for name in OLD_FOLDERS if args.overwrite else ():
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in OLD_FILES if args.overwrite else ():
+            (out / name).unlink(missing_ok=True)
+        write_config(out, config)
+        (out / "log.jsonl").touch()
+    processes.from_first()
 
 
 def picture_grid(images, columns=8):

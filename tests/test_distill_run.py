@@ -127,6 +127,20 @@ def test_the_log_tells_a_good_run_from_a_bad_one(command):
         assert isinstance(command.log()[-1][name], float), name
 
 
+def test_the_log_has_the_saturation_of_its_own_pictures(command):
+    assert command("--iterations", 3, "--sample-every", 2, "--keep", 9).returncode == 0
+    logged = {line["iteration"]: line.get("saturation") for line in command.log()}
+    assert logged[1] is None                               # there were no pictures yet
+    for name in command.checkpoints():
+        progress = json.loads((command.out / "checkpoints" / name / "progress.json").read_text())
+        assert logged[int(name)] == pytest.approx(progress["saturation"], rel=1e-5)
+
+
+def test_without_a_spear_there_is_no_ratio_to_it(command):
+    assert command("--alpha", 1).returncode == 0
+    assert command.log()[-1]["ca_rms"] == 0 and "dm_over_ca" not in command.log()[-1]
+
+
 def test_the_log_counts_the_passes_of_the_algorithm(command, monkeypatch):
     """Student: step + 1; teacher: one for DM, two for CA; fake: one for DM, one an update."""
     recorder = Recorder(distill.backward_simulation)
@@ -264,6 +278,37 @@ def test_a_signal_in_the_warm_up_saves_too(command, monkeypatch):
 def test_the_last_checkpoints_are_kept(command):
     assert command("--iterations", 5, "--sample-every", 1, "--keep", 3).returncode == 0
     assert command.checkpoints() == ["00000003", "00000004", "00000005"]
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_begins_again(command, monkeypatch):
+    assert command("--constant-rate").returncode == 0
+    wanted = command.log_without_seconds()
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "training_step", OnCall([2], kill))
+        assert command("--constant-rate", "--overwrite").returncode == 2
+    assert len(command.log()) == 1 and not (command.out / "checkpoints").exists()
+    assert command.resume().returncode == 0
+    assert command.log_without_seconds() == wanted
+
+
+def test_a_signal_before_the_first_iteration_ends_the_run(command, monkeypatch):
+    ask = Recorder(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(scale, "mean_loss", ask)
+    assert command().returncode == 0 and len(ask.calls) == 1
+    monkeypatch.undo()
+    assert command.resume().returncode == 0 and len(command.log()) == 2
+
+
+def test_a_run_cannot_be_made_shorter(finished):
+    before = (finished.out / "config.json").read_text()
+    assert refused(finished.resume("--iterations", 1), "--iterations 1", "2 already")
+    assert (finished.out / "config.json").read_text() == before
+
+
+def test_a_checkpoint_is_written_once(finished, monkeypatch):
+    save = Recorder(lambda *_, **__: None)
+    monkeypatch.setattr(scale.dcp, "save", save)
+    assert finished.resume().returncode == 0 and not save.calls
 
 
 @pytest.mark.slow
@@ -448,13 +493,22 @@ def test_a_run_inside_its_teacher(command, checkpoint):
 
 
 def test_what_is_there_is_kept(command, tmp_path):
-    assert refused(command.resume(), "no checkpoint")
+    assert refused(command.resume(), "there is no run")
     assert command().returncode == 0
     before = command.tensors()
     assert refused(command(), "--resume", "--overwrite")
     assert refused(command.resume("--overwrite"), "--resume", "--overwrite")
     assert same_tensors(before, command.tensors())
     assert command("--overwrite", "--iterations", 1).returncode == 0 and len(command.log()) == 1
+
+
+def test_overwrite_removes_nothing_before_all_is_checked(finished, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "cache.json").write_text('{"key": "another"}')
+    before, log = finished.tensors(), finished.log()
+    assert refused(finished("--overwrite", "--cache-features", cache), "--cache-features")
+    assert same_tensors(before, finished.tensors()) and finished.log() == log
 
 
 @pytest.mark.parametrize("config", [None, '{"model": "mine"}'])
@@ -525,6 +579,17 @@ def test_wrong_options_end_in_one_sentence(command, arguments, words):
 def test_useless_prompt_files_are_refused(command, content):
     command.prompts.write_bytes(content)
     assert refused(command(), "prompts.txt")
+
+
+def test_prompts_that_change_during_a_run_are_refused(command):
+    prompts = scale.PromptFile(command.prompts)
+    assert prompts[1] == "a dog"
+    command.prompts.write_text("one line more\n" + command.prompts.read_text())
+    with pytest.raises(formats.UserError, match="changed"):
+        prompts[1]
+    command.prompts.unlink()
+    with pytest.raises(formats.UserError, match="removed"):
+        prompts[1]
 
 
 def test_a_teacher_of_ones_own_needs_prompts():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,8 +236,7 @@ def test_less_memory_is_the_same_run(command, options, prompts):
 
 def test_cached_features_are_those_of_the_encoder(command, tmp_path):
     prompts, pipeline = scale.PromptFile(command.prompts), sampler.load_pipeline(TINY)
-    cache = scale.FeatureCache(tmp_path / "cache", pipeline, prompts, "key",
-                                 scale.Processes(CPU))
+    cache = scale.FeatureCache(tmp_path / "cache", pipeline, prompts, scale.Processes(CPU))
     cached, direct = cache([2, 0]), sampler.encode_prompts(pipeline, [prompts[2], prompts[0]])
     assert torch.equal(cached.lengths, direct.lengths)
     for a, b, n in zip(cached.features, direct.features, direct.lengths, strict=True):
@@ -279,6 +279,15 @@ def test_the_cache_of_other_prompts_is_refused(command, tmp_path):
     assert command("--cache-features", cache).returncode == 0
     command.prompts.write_text("others\n")
     assert refused(command("--cache-features", cache, "--overwrite"), "--cache-features")
+
+
+def test_a_cache_serves_every_dit_of_its_text_encoder(command, tmp_path):
+    cache, other = tmp_path / "cache", shutil.copytree(TINY, tmp_path / "other")
+    assert command("--cache-features", cache).returncode == 0
+    path = next(other.glob("transformer/*.safetensors"))
+    save_file({name: w * 1.01 for name, w in load_file(path).items()}, path)
+    result = command("--cache-features", cache, "--overwrite", "--teacher", other)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_cache_of_another_text_encoder_is_refused(command, tmp_path):
@@ -329,6 +338,29 @@ def test_two_processes_are_one(command, more):
     assert [line["loss"] for line in command.log()] == pytest.approx(alone, rel=1e-4)
     both = load_file(command.out / "student" / "dit.safetensors")
     assert relative_error(torch.cat([w.float().flatten() for w in both.values()]), student) < 1e-3
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_ends_the_others_with_a_sentence(command):
+    command.out.mkdir()
+    (command.out / "thesis.txt").write_text("years of work")
+    process = torchrun(command, *options_of(command, "--iterations", 1), wait=False)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "is no run of distill.py" in output and "another one has ended" in output
+    assert "from_first" not in output                      # no traceback of ours
+
+
+@pytest.mark.parametrize("networks", [scale.WholeNetworks, scale.LowRankNetworks])
+def test_only_the_first_process_holds_the_whole_student(dit, networks):
+    args = SimpleNamespace(lora=2, seed=0, checkpoint_activations=False, dtype="float32")
+    learners = networks(dit, args, scale.Processes(CPU))
+    assert isinstance(learners.plain(), type(dit))
+    learners.processes.rank, learners.processes.count = 1, 2
+    for net in learners.nets.values():                     # as if sharded
+        if isinstance(net, type(dit)):
+            net.state_dict = lambda: {"w": SimpleNamespace(full_tensor=lambda: torch.ones(2))}
+    assert learners.plain() is None
 
 
 @pytest.mark.slow

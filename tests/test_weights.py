@@ -878,7 +878,7 @@ def test_fingerprint(checkpoint, tmp_path):
     edit(moved / "vae/diffusion_pytorch_model.safetensors",
          lambda t: t.update({"encoder.conv_in.bias": t["encoder.conv_in.bias"] + 1e-3}))
     assert convert_weights.fingerprint(moved) != before
-    large = tmp_path / "large"
+    large = tmp_path / "large.safetensors"
     with open(large, "wb") as file:               # a sparse file, above the limit for reading all
         file.truncate((1 << 26) + 4096)
     before, start = convert_weights.fingerprint(large), time.perf_counter()
@@ -887,6 +887,17 @@ def test_fingerprint(checkpoint, tmp_path):
         file.write(bytes(range(256)) * 512)       # 128 KB in the middle
     assert convert_weights.fingerprint(large) != before
     assert time.perf_counter() - start < 5
+
+
+def test_the_fingerprint_of_a_large_text_file_is_of_all_of_it(tmp_path):
+    """A file of prompts is read whole: one that differs in a single line is another one."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"a panda\n" * (9 << 20))                      # 72 MB
+    before = convert_weights.fingerprint(prompts)
+    with open(prompts, "r+b") as file:
+        file.seek(8 * 12345)
+        file.write(b"a tiger")
+    assert convert_weights.fingerprint(prompts) != before
 
 
 def test_writers_that_come_between_each_other(tmp_path, monkeypatch):
