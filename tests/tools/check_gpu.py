@@ -30,7 +30,8 @@ PROMPTS = ["a panda on a red card with the word LOVE in white below it",
 PLAIN = ["--dtype", "float32"]
 TEACHER = ["--model", str(distill.BUNDLED / "teacher"), "--steps", "4", "--guidance", "2"]
 SHORT = ["--iterations", "4", "--batch-size", "4", "--log-every", "1", "--overwrite"]
-# Options that every row and its reference have, and rows of further options.
+# Options that every row and its reference have, and rows of further options. START is a picture,
+# ADAPTER the LoRA file of the last distillation.
 PICTURES = [([], [
     "--dtype float32", "", "--dtype float16", "--batch-size 2", "--weights int8", "--weights fp8",
     "--offload networks --dtype float32", "--offload blocks --dtype float32",
@@ -38,7 +39,9 @@ PICTURES = [([], [
     "--attention flash", "--attention efficient", "--attention cudnn", "--compile",
     "--compile --weights int8", "--compile --weights fp8"]),
     (TEACHER, ["--dtype float32", "", "--guidance-every 2"]),
-    ([*TEACHER, "--negative-prompt", "red"], ["--dtype float32"])]
+    ([*TEACHER, "--negative-prompt", "red"], ["--dtype float32"]),
+    (["--init-image", "START", "--strength", "0.6"], ["--dtype float32", "", "--weights int8"]),
+    (["--lora", "ADAPTER"], ["--dtype float32", "", "--weights int8", "--offload blocks"])]
 RUNS = [(SHORT, [
     "--dtype float32", "", "--accumulate 2 --dtype float32",
     "--checkpoint-activations --dtype float32", "--cache-features CACHE --dtype float32"]),
@@ -71,7 +74,10 @@ def losses(folder, name, options):
 
 def compare(function, folder, device, groups):
     """-> for each row of options: the options, what was found, seconds, the reference."""
-    for common, rows in groups:
+    files = {"CACHE": folder / "cache", "START": folder / "start.png",
+             "ADAPTER": folder / "reference" / "lora.safetensors"}
+    for shared, rows in groups:
+        common = [str(files.get(word, word)) for word in shared]
         try:
             reference, _ = function(folder, "reference", [*common, "--device", "cpu", *PLAIN])
         except Exception as error:            # whatever it is: the other rows go on
@@ -79,7 +85,7 @@ def compare(function, folder, device, groups):
             yield f"reference of {' '.join(common)}", error, None, None
             continue
         for i, row in enumerate(rows):
-            words = [word.replace("CACHE", str(folder / "cache")) for word in row.split()]
+            words = [str(files.get(word, word)) for word in row.split()]
             try:
                 found, seconds = function(
                     folder, f"row-{i}", [*common, *words, "--device", device])
@@ -110,12 +116,13 @@ def main():
     device = sampler.find_device(args.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{card}, torch {torch.__version__}")
-    print_rows("Pictures", "largest, mean difference in gray levels", pictures,
-               lambda difference, _: f"{difference.max():.0f}, {difference.mean():.4f}",
-               args.out, args.device, PICTURES)
     print_rows("Distillations", "largest relative difference of losses", losses,
                lambda difference, reference: f"{(difference / np.abs(reference)).max():.1e}",
                args.out, args.device, RUNS)
+    run(sampler, [PROMPTS[0], "--upscale", "none", "--out", str(args.out / "start.png")])
+    print_rows("Pictures", "largest, mean difference in gray levels", pictures,
+               lambda difference, _: f"{difference.max():.0f}, {difference.mean():.4f}",
+               args.out, args.device, PICTURES)
 
 
 if __name__ == "__main__":
