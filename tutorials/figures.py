@@ -207,12 +207,17 @@ def compare(prompts, rows, seed=0, side=1.0, titles=None):
         words = [word if word.startswith("1 ") else word + "s" for word in words]
         row[0].set_ylabel("\n".join([name, *words, f"{sum(right)} of {len(prompts)} right"]),
                           rotation=0, ha="right", va="center", fontsize=8.5)
-    fonts = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]
     for axis, title in zip(axes[0], titles or prompts, strict=True):
-        width = 17 if title.isascii() else 9             # Chinese characters are twice as wide
-        axis.set_title(textwrap.fill(title, width), fontsize=6.5,
-                       fontfamily=[*plt.rcParams["font.sans-serif"][:1], *fonts[:1]])
+        set_prompt(axis, title)
     return figure
+
+
+def set_prompt(axis, prompt, more=""):
+    """A prompt as a title, Chinese ones in a font that has them; `more` on a line of its own."""
+    fonts = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]
+    width = 17 if prompt.isascii() else 9                # Chinese characters are twice as wide
+    axis.set_title(textwrap.fill(prompt, width) + more, fontsize=6.5,
+                   fontfamily=[*plt.rcParams["font.sans-serif"][:1], *fonts[:1]])
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -277,6 +282,33 @@ def equal_calls():
     print("\n".join(lines))
 
 
+def failures(count=400, columns=8):
+    """What fails: all wrong pictures of the teacher, 16 guided steps, of the first `count` prompts.
+
+    The last line of a title says what the reader finds wrong.
+    """
+    import data
+    import evaluate
+    import reader
+    from sampler import load_pipeline, read_prompts
+    prompts = read_prompts(WORLD / "prompts_heldout.txt")[:count]
+    images = draw_pictures(load_pipeline(WORLD / "teacher"), prompts, 16, 2.0)
+    wrong = []
+    for i, reading in enumerate(reader.read_all(evaluate.to_uint8(2 * images - 1), 1)):
+        hits = evaluate.judge(reading, data.parse(prompts[i]))
+        names = [name for name, hit in hits.items() if not hit and name not in ("joint", "strict")]
+        wrong += [(i, names)] if names else []
+    rows = -(-len(wrong) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.75 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (i, names) in zip(axes.flat, wrong, strict=False):
+        axis.imshow(images[i].permute(1, 2, 0).numpy())
+        set_prompt(axis, prompts[i], f"\n[{', '.join(names)}]")
+    save(figure, "failures.png", palette=True, dpi=128, bbox_inches="tight")
+    print(f"{len(wrong)} of {count} pictures are wrong")
+
+
 def sentences(columns=10):
     """The bundled student in four steps on cards/sentences.txt, seeds 0, 1, ..., not judged."""
     from sampler import load_pipeline, read_prompts
@@ -328,6 +360,7 @@ FIGURES = {                                              # name: (how, what and 
     "hero": (hero, "teacher and student at equal evaluations; 30 s; Chinese titles need a font"),
     "equal_calls": (equal_calls, "both at 1, 2, 4, 8 evaluations, with many prompts; 1 minute"),
     "sentences": (sentences, "thirty sentences that nobody trained on; 20 s"),
+    "failures": (failures, "what the teacher gets wrong; 5 minutes; Chinese titles need a font"),
     "film": (film, "CA alone, DM alone, both, over 400 iterations, as GIF; 1 minute"),
     "collapse": (collapse, "CA alone falls apart on the cards, as GIF and strip; 20 minutes"),
     "observer": (observer, "what DM removes, on the cards; 6 minutes after the collapse"),

@@ -1,12 +1,16 @@
-"""A picture at the release's size on a CPU, from command to file, beside diffusers.
+"""A picture at the release's size on a CPU, from command to file, beside other programs.
 
     python -m tests.tools.measure_full SCRATCH [--steps 8] [--size 256] [--sparse]
 
 Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 33 GB, none with --sparse: then
-all weights are zero, and products take the same time) and its int8 form (11 GB), and keeps both.
-What a stopped run has left there has to be removed. Each case is a process of its own: seconds from
-its start to its end, the seconds of a step, and the most memory that it had at once. "own" is what
+all weights are zero, and products take the same time), its int8 form (11 GB) and, for
+stable-diffusion.cpp, its form in ComfyUI's files, and keeps them. What a stopped run has left there
+has to be removed. Each case is a process of its own: seconds from its start to its end, the seconds
+until the first step begins, those of a step, and the most memory that it had at once. "own" is what
 the system cannot give back (RssAnon); "resident" also counts pages of mapped files, which it can.
+
+diffusers and stable-diffusion.cpp (stable-diffusion-cpp-python, built from source) run if they are
+installed; the latter makes q8_0 of the weights while it reads them.
 """
 
 import argparse
@@ -31,7 +35,22 @@ image = pipeline({prompt!r}, height=int(size), width=int(size), num_inference_st
                  guidance_scale=0.0,
                  callback_on_step_end=lambda *a: times.append(time.perf_counter()) or {{}})
 image.images[0].save("image.png")
-print("step", (times[-1] - times[0]) / (len(times) - 1))
+print("step", (times[-1] - times[0]) / (len(times) - 1), times[0])
+"""
+STABLE_DIFFUSION_CPP = """
+import sys, time
+from stable_diffusion_cpp import StableDiffusion
+folder, size, steps = sys.argv[1:]
+model = StableDiffusion(
+    diffusion_model_path=folder + "/z_image.safetensors", vae_path=folder + "/ae.safetensors",
+    llm_path=folder + "/qwen_3_4b.safetensors", wtype="q8_0", diffusion_flash_attn=True)
+times = []
+images = model.generate_image(
+    prompt={prompt!r}, width=int(size), height=int(size), sample_steps=int(steps), cfg_scale=1.0,
+    progress_callback=lambda step, *_: times.append(time.perf_counter()))
+images[0].save("image.png")
+times = times[-int(steps):]
+print("step", (times[-1] - times[0]) / (len(times) - 1), times[0])
 """
 # sampler.py as it is, with the times of its steps.
 OURS = """
@@ -50,7 +69,7 @@ def timed(*args, callback=None, **options):
 
 sampler.sample = timed
 run_command(sampler.main)
-print("step", (times[-1] - times[0]) / (len(times) - 1))
+print("step", (times[-1] - times[0]) / (len(times) - 1), times[0])
 """
 
 
@@ -81,11 +100,12 @@ def run(name, code, arguments, folder):
     seconds = time.perf_counter() - start
     if process.returncode:
         lines = output[1].strip().splitlines() or [f"ended by signal {-process.returncode}"]
-        print(f"| {name} | {lines[-1][:90]} | | | |", flush=True)
+        print(f"| {name} | {lines[-1][:90]} | | | | |", flush=True)
         return
-    step = float(re.search(r"^step (\S+)", output[0], re.M)[1])
-    print(f"| {name} | {seconds:.1f} | {step:.2f} | {highest[0]:.1f} | {highest[1]:.1f} |",
-          flush=True)
+    step, first = map(float, re.search(r"^step (\S+) (\S+)", output[0], re.M).groups())
+    ready = first - step - start               # the clock is the system's, the same for all
+    print(f"| {name} | {seconds:.1f} | {ready:.1f} | {step:.2f} | {highest[0]:.1f} | "
+          f"{highest[1]:.1f} |", flush=True)
 
 
 def main():
@@ -99,20 +119,24 @@ def main():
     if args.steps < 2:
         parser.error("--steps should be at least 2: a step is timed from one to the next")
     args.scratch.mkdir(parents=True, exist_ok=True)
-    official, int8 = args.scratch.absolute() / "official", args.scratch.absolute() / "int8"
+    folder = args.scratch.absolute()
+    official, int8, comfy = folder / "official", folder / "int8", folder / "comfy"
     sparse = ["--sparse"] if args.sparse else []
     make(official, *sparse)
+    make(comfy, "--layout", "comfy", *sparse)
     if not int8.exists():
         subprocess.run([sys.executable, ROOT / "convert_weights.py", official, int8,
                         "--dtype", "int8"], check=True)
     ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
+    cpp = STABLE_DIFFUSION_CPP.format(prompt=PROMPT)
     options = ["--device", "cpu", "--steps", args.steps, "--size", f"{args.size}x{args.size}"]
     cases = {
         "ours, int8": (ours, [PROMPT, "--model", int8, *options]),
         "ours, bfloat16": (ours, [PROMPT, "--model", official, *options, "--dtype", "bfloat16"]),
-        "diffusers, bfloat16": (theirs, [official, args.size, args.steps])}
-    print(f"{args.size}x{args.size}, {args.steps} steps\n| | seconds | a step | own, GB | "
-          "resident, GB |\n|---|---|---|---|---|", flush=True)
+        "diffusers, bfloat16": (theirs, [official, args.size, args.steps]),
+        "stable-diffusion.cpp, q8_0": (cpp, [comfy, args.size, args.steps])}
+    print(f"{args.size}x{args.size}, {args.steps} steps\n| | seconds | to the first step | "
+          "a step | own, GB | resident, GB |\n|---|---|---|---|---|---|", flush=True)
     for name, (code, arguments) in cases.items():
         if args.only in name:
             run(name, code, arguments, args.scratch)
