@@ -547,7 +547,7 @@ def main():
     add("target", metavar="DST", nargs="?", type=formats.path_name, help="the directory to make")
     add("--to", choices=[*TARGETS], default="ours", help="layout of DST (default: ours)")
     add("--dtype", choices=["bfloat16", "float16", "float32", "int8"],
-        help="of DiT and text encoder (default: as stored)")
+        help="of DiT and text encoder (default: as stored; bfloat16 where that is quantized)")
     add("--check", type=formats.path_name, metavar="DIR",
         help="compare a downloaded Turbo release with its MD5 list")
     add_common_options(parser, "--dit", "--text-encoder", "--vae", "--tokenizer", "--lora")
@@ -643,7 +643,7 @@ COMMON_OPTIONS = {
                "help": "merge a LoRA, LoKr or LoHa into the DiT (repeatable; strength: 1)"},
     "--device": {"default": "auto",
                  "help": "cuda, mps or cpu (default: the first of them that is there)"},
-    "--seed": {"type": number(0, 2 ** 63 - 10 ** 6 - 1, int), "default": 0, "metavar": "N",
+    "--seed": {"type": number(0, 2 ** 63 - 1, int), "default": 0, "metavar": "N",
                "help": "whole number (default: 0)"},
 }
 

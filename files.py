@@ -133,8 +133,12 @@ def rename_new(part, path):
     try:
         os.link(part, path)
     except OSError:                           # it exists, or the file system has no links
-        path.open("x").close()
-        os.replace(part, path)
+        path.open("x").close()                # takes the name
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 @contextmanager

@@ -791,7 +791,10 @@ REFERENCE_DEFAULTS = {
     "vae": {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4,
             "scaling_factor": 0.18215, "shift_factor": None},
 }
-TYPES = {int: "a whole number above 0", float: "a number", tuple: "a list of whole numbers above 0"}
+# Three such widths give a tensor that can be described, if not held: below 2 ** 63 bytes.
+LARGEST_INT = 2 ** 20
+TYPES = {int: f"a whole number from 1 to {LARGEST_INT}", float: "a number",
+         tuple: f"a list of whole numbers from 1 to {LARGEST_INT}"}
 # What a checkpoint says about how it is sampled.
 SETTINGS = {"shift": float, "steps": int, "guidance": float, "size": int, "trained_steps": int}
 LARGEST = {"shift": 1e3, "steps": 10_000, "guidance": 1e3, "size": 2 ** 15, "trained_steps": 10_000}
@@ -833,7 +836,8 @@ def parse_config(kind, data, path, official):
     for name, default in fields.items():
         good = has_type(data[name], type(default))
         if not good or ("layers" in name and data[name] > 1000):
-            raise UserError(f"{path}: {name} should be {TYPES[type(default)]}, not {data[name]!r}")
+            what = "from 1 to 1000" if "layers" in name else TYPES[type(default)]
+            raise UserError(f"{path}: {name} should be {what}, not {data[name]!r}")
     config = NETWORKS[kind][1](**{name: type(default)(data[name])
                                   for name, default in fields.items()})
     if not is_possible(kind, config):
@@ -887,12 +891,12 @@ def read_config(kind, folder):
 
 
 def has_type(value, kind):
-    """Whether a value from a JSON file can be an int above 0, a float, or a tuple of such ints."""
+    """Whether a value from a JSON file can be an int from 1 on, a float, a tuple of such ints."""
     if kind is tuple:
         return isinstance(value, (list, tuple)) and value and all(has_type(n, int) for n in value)
     if kind is float:
         return is_number(value)
-    return is_number(value) and isinstance(value, int) and 0 < value < 2 ** 31
+    return is_number(value) and isinstance(value, int) and 0 < value <= LARGEST_INT
 
 
 def is_possible(kind, c):

@@ -2,6 +2,7 @@
 
     quantize           one byte for each weight of the blocks, float8 or int8
     use_cpu_kernels    products and attention by the kernels that are fastest on a CPU
+    use_attention      attention by the kernel that the user names
     use_tiles          the VAE tile by tile
     TakeTurns          of several networks only the one that computes is on the device
     stream_blocks      of a network only the block that computes, and the next one
@@ -17,7 +18,7 @@ import os
 import re
 import warnings
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_weights import QUANTIZED, UserError
 from formats import hadamard, layer_format, quantize_rows, quantize_weight, rotate
@@ -38,28 +40,55 @@ HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU_HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
+@lru_cache
+def multiplies_float8(device):
+    """Whether a GPU multiplies float8 with a scale for each row. A small product is tried.
+
+    Older cards do not, and neither does PyTorch for Windows or for some cards of AMD.
+    """
+    try:
+        ones = torch.ones(32, 32, device=device)
+        rows, scale = ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous()
+        y = torch._scaled_mm(rows, rows.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        return bool((y == 32).all())
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+# A compiler calls it once instead of looking into it.
+@torch.compiler.assume_constant_result
 def has_products(dtype, device):
-    """True if the device multiplies matrices of float8 (NVIDIA from Hopper on) or int8 (Ampere)."""
+    """True if the device multiplies matrices of float8 or int8."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return capability >= ((8, 0) if dtype == torch.int8 else (9, 0))
+        if dtype == torch.int8:               # NVIDIA from Ampere on
+            return torch.cuda.get_device_capability(device) >= (8, 0)
+        return multiplies_float8(device)
     return device.type == "cpu" and dtype == torch.int8 and CPU_HAS_INT8
 
 
-def bfloat16_replaces_int8(model, device, weights, dtype_is_given):
-    """Whether bfloat16 takes the place of int8, with a warning where int8 products are missing.
+def choose_numbers(model, device, dtype, weights):
+    """What a model is computed in -> dtype, weights, the formats that stay as they are stored.
 
-    That is so on a CPU that has bfloat16 products and no int8 ones.
+    dtype, weights: of the command line, None where it does not say. Beside int8 weights a CPU takes
+    bfloat16 if it has such products. If it has no int8 products, bfloat16 takes their place.
+    The results, given again, give themselves: so `--like` repeats a picture.
     """
+    if weights == "fp8" and device.type == "mps":
+        raise UserError("--weights fp8: Apple's GPUs have no float8; take --weights int8")
     pieces = [network.pieces.values() for network in model.networks.values()]
     is_stored = any(layer_format(piece.stored) == "int8" for piece in itertools.chain(*pieces))
-    if not (weights == "int8" or is_stored) or has_products(torch.int8, device):
-        return False
-    is_replaced = device.type == "cpu" and CPU_HAS_BFLOAT16 and not dtype_is_given
-    warnings.warn("this device has no int8 products: " + (
-        "bfloat16 is used instead" if is_replaced else "int8 weights save memory but not time"),
-        stacklevel=2)
-    return is_replaced
+    is_int8, keep = is_stored or weights == "int8", {weights, "int8"} - {None}
+    is_fast = device.type != "cpu" or (is_int8 and CPU_HAS_BFLOAT16)
+    chosen = dtype or ("bfloat16" if is_fast else "float32")
+    if is_int8 and not has_products(torch.int8, device):
+        is_free = dtype is None or (dtype == "bfloat16" and weights != "int8")
+        if device.type == "cpu" and CPU_HAS_BFLOAT16 and is_free:
+            warnings.warn("this device has no int8 products: bfloat16 is used instead",
+                          stacklevel=2)
+            return chosen, None if weights == "int8" else weights, keep - {"int8"}
+        warnings.warn("this device has no int8 products: int8 weights save memory but not time",
+                      stacklevel=2)
+    return chosen, weights, keep
 
 
 # --- One byte for each weight -------------------------------------------------------------------
@@ -86,7 +115,10 @@ class Float8Linear(QuantizedLinear):
     """float8_e4m3 weights; where the device can multiply them, inputs are rounded to it, too."""
 
     def product(self, rows, row_scale, dtype):
-        return torch._scaled_mm(rows, self.weight.t(), row_scale, self.scale.t(), out_dtype=dtype)
+        # With a scale for each row, bfloat16 is the only result that every card gives.
+        y = torch._scaled_mm(rows, self.weight.t(), row_scale, self.scale.t(),
+                             out_dtype=torch.bfloat16)
+        return y.to(dtype)
 
 
 class Int8Linear(QuantizedLinear):
@@ -111,7 +143,8 @@ def bind(linear, weight, scale, group=0):
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
     linear.register_buffer("scale", scale)
-    rotation = hadamard(group, weight.device) if group else None
+    # A tensor of its own on the shared numbers: offloading replaces the data of a layer's tensors.
+    rotation = hadamard(group, weight.device).detach() if group else None
     linear.register_buffer("rotation", rotation, persistent=False)
     linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
 
@@ -193,6 +226,28 @@ def use_cpu_kernels(net):
                 layer.__class__ = CPULinear
             if dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16:
                 layer.__class__ = CPULinear
+    return net
+
+
+# --- Kernels for attention ----------------------------------------------------------------------
+
+ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+
+def attend_by(kernel, attend, q, k, v, **options):
+    with sdpa_kernel(kernel):
+        return attend(q, k, v, **options)
+
+
+def use_attention(net, name):
+    """Lets the blocks of text encoder and DiT attend by one of PyTorch's kernels -> net.
+
+    The VAE stays as it is: its one head, as wide as its channels, is too wide for most kernels.
+    """
+    for layer in net.modules():
+        if isinstance(layer, Attention):
+            layer.attend = partial(attend_by, ATTENTION[name], layer.attend)
     return net
 
 
@@ -356,6 +411,23 @@ def split_tokens(dit):
     dit.layers = nn.ModuleList([SplitTokens(dit.layers)])
 
 
+def place(pipeline, offload=None, in_parallel=False, compiles=False):
+    """Puts the networks where they compute, then compiles the DiT if that is asked for."""
+    networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
+    if offload == "blocks":
+        stream_blocks(pipeline)
+    elif offload:
+        TakeTurns(networks, device)
+    else:
+        for net in networks:
+            net.to(device)
+    if in_parallel:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        split_tokens(pipeline.dit)
+    if compiles:
+        pipeline.dit.compile()
+
+
 # --- The VAE in tiles ---------------------------------------------------------------------------
 
 # Latent pixels around a tile. A pixel of the encoder depends on 4.5 of them beyond the tile, one of
@@ -517,11 +589,12 @@ def advise_on_errors(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        # The words of a CPU, and of CUDA; a compiler's error may quote them.
+        if re.search("No viable backend for scaled_dot|No available kernel", str(error)):
+            raise UserError("--attention: this kernel does not run here; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError("torch.compile does not work here, leave out --compile: "
                             + str(error).splitlines()[0]) from None
-        if "No viable backend for scaled_dot_product_attention" in str(error):
-            raise UserError("--attention: this kernel does not run here; leave it out") from None
         lack = "out of memory|allocate memory|not enough memory|Invalid buffer size|ALLOC_FAILED"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(lack, str(error)):
             raise UserError(f"out of memory; try {advice}") from None
@@ -532,12 +605,13 @@ def advise_on_errors(advice):
 
 
 def free_memory(device):
-    """Free bytes of a GPU, or of the main memory of a Linux machine; None if not known."""
+    """Free bytes of a GPU, or of a Linux machine's main memory and swap; None if not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, TypeError):
+    with suppress(OSError):
         text = Path("/proc/meminfo").read_text() if device.type == "cpu" else ""
-        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", text)[1])
+        found = re.findall(r"^(?:MemAvailable|SwapFree): *(\d+) kB", text, re.M)
+        return 1024 * sum(map(int, found)) or None
     return None
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,6 +158,7 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = check_size(pipeline, height, width)
+    check_request(pipeline, prompts, noise, (height, width), output, **sample_options)
     times = recommended_times(pipeline, steps, shift) if times is None else times
     guidance = setting(guidance, pipeline.guidance)
     if noise is None:
@@ -193,6 +194,8 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
 
 def token_ids(tokenizer, prompt):
     """The prompt in its chat template -> a list of token ids. A longer prompt is cut to 512."""
+    if not isinstance(prompt, str):
+        raise UserError(f"a prompt should be a string, not {prompt!r}")
     beginning = prompt[:MAX_CHARACTERS]
     templated = TEMPLATE.format(beginning)
     try:
@@ -225,6 +228,22 @@ def check_size(pipeline, height=None, width=None):
             raise UserError(f"{name} should be a multiple of {multiple} up to {limit}, not {side}; "
                             f"the nearest is {near}")
     return sides
+
+
+def check_request(pipeline, prompts, noise, size, output, guidance_every=1, **_):
+    """UserError where `generate` cannot do what its arguments ask for."""
+    latent_size = [side // pipeline.vae.config.downsampling for side in size]
+    shape = len(prompts), pipeline.dit.config.in_channels, *latent_size
+    given = shape if noise is None else tuple(noise.shape)
+    for is_wrong, problem in (
+            (not prompts, "there is no prompt"),
+            (output not in ("pil", "tensor", "latent"),
+             f"output should be pil, tensor or latent, not {output!r}"),
+            (guidance_every < 1, f"guidance_every should be 1 or more, not {guidance_every}"),
+            (given[1:] != shape[1:] or len(prompts) not in (1, given[0]),
+             f"the noise should have the shape {shape}, not {given}")):
+        if is_wrong:
+            raise UserError(problem)
 
 
 def recommended_times(pipeline, steps=None, shift=None):
@@ -320,9 +339,6 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
 
 BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
            for name in ("cards/student", "cards/teacher")]
-SDPBackend = nn.attention.SDPBackend
-ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
             "cfg_normalization": 0.0, "cfg_truncation": 1.0, "guidance_every": 1, "device": "auto",
             "upscale": "lanczos", "out": Path("image.png"), "lora": []}
@@ -388,19 +404,21 @@ def make_parser():
     add("--init-image", type=formats.path_name, metavar="FILE", help="start from this picture")
     add("--strength", type=number(0, 1, above=0), help="how far from it, up to 1 (default 0.6)")
     add("--dtype", choices=["bfloat16", "float32", "float16"],
-        help="default: float32 on a CPU, bfloat16 elsewhere")
+        help="default: bfloat16; float32 on a CPU, unless the weights are int8 and the CPU "
+        "has bfloat16 products")
     add("--weights", choices=["int8", "fp8"], help="one byte for most weights, half the memory; "
         "int8 is also faster on CPUs with VNNI and without AMX")
     add("--offload", nargs="?", const="networks", choices=["networks", "blocks"],
         help="keep a network on the GPU only while it works; blocks: two blocks of it at a time")
     add("--tile", action=argparse.BooleanOptionalAction,
         help="VAE in tiles (default: above 2 megapixels, and with --offload blocks)")
-    add("--attention", choices=[*ATTENTION], help="the kernel (default: what PyTorch picks)")
+    add("--attention", choices=[*hardware.ATTENTION], help="kernel of DiT and text encoder "
+        "(default: what PyTorch picks)")
     add("--context-parallel", action="store_true", default=None,
         help="with torchrun: all processes compute each image together")
     add("--compile", action="store_true", help="a slow start, then faster steps", default=None)
     add("--upscale", choices=["none", "nearest", "lanczos"],
-        help="how to enlarge pictures under 256 pixels (default lanczos)")
+        help="how to enlarge pictures under 256 pixels (default lanczos; with a size: none)")
     add("--json", action="store_true", help="print a line of JSON for each picture", default=None)
     return parser
 
@@ -429,12 +447,13 @@ def parse_arguments(arguments=None):
         if args.height or args.width:
             raise UserError("--size says both sides: leave out --height and --width")
         args.width, args.height = args.size
-    if args.compile and args.offload == "blocks":
-        raise UserError("--compile does not go with --offload blocks, which moves the weights")
     recorded = read_recorded(parser, args) if args.like else {}
-    for name, value in {**DEFAULTS, **recorded}.items():
+    as_asked = {"upscale": "none"} if args.width or args.height else {}  # a size is kept
+    for name, value in {**DEFAULTS, **recorded, **as_asked}.items():
         if getattr(args, name) in (None, []):
             setattr(args, name, value)
+    if args.compile and args.offload == "blocks":
+        raise UserError("--compile does not go with --offload blocks, which moves the weights")
     if "strength" in args.given and not args.init_image:
         raise UserError("--strength has no effect without --init-image")
     if args.model is None and not any(getattr(args, part) for part in PARTS):
@@ -456,8 +475,11 @@ def add_prompts(args):
     args.prompt = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not args.prompt:
         raise UserError("there is no prompt; give one in quotes, --prompts FILE, or - for a loop")
-    if len(args.prompt) * args.num_images > 10 ** 6:
+    images = 10 ** 6 if args.loop else len(args.prompt) * args.num_images
+    if images > 10 ** 6:
         raise UserError("more than a million images are asked for")
+    if args.seed + images > 2 ** 63:
+        raise UserError(f"--seed should be at most {2 ** 63 - images} for so many images")
 
 
 def read_recorded(parser, args):
@@ -476,10 +498,14 @@ def read_recorded(parser, args):
         if not recorded_files.keys() <= {*FILES}:
             raise UserError(f"it names files that no picture has: {[*recorded_files]!r}"[:200])
         for name, files in recorded_files.items():
-            if getattr(args, name) in (None, []):
-                found = [(find_file(args.like, name, *file[:2]), *map(float, file[2:]))
-                         for file in files]
-                known[name] = found if name == "lora" else found[0][0]
+            if getattr(args, name) or (args.model and name in PARTS):
+                continue                      # a model that is given replaces all parts
+            if name == "lora":
+                known[name] = [(find_file(args.like, name, file, mark), float(strength))
+                               for file, mark, strength in files]
+            else:
+                (file, mark), = files
+                known[name] = find_file(args.like, name, file, mark)
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
     except (OSError, NotImplementedError, Image.DecompressionBombError) as error:
@@ -539,7 +565,7 @@ def read_image(path):
             image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):        # 16 bits, which Pillow would clip to 8
             gray = np.array(image).astype(np.int64)
-            gray = gray >> 8 if gray.max() > 255 else gray
+            gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
             image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
         if image.mode == "F":
             raise UserError("its numbers are floating-point; save it with 8 or 16 bits")
@@ -606,10 +632,10 @@ def check_options_fit(args, device, dtype, model, keep):
         dtype, args.weights, args.offload, keep, bool(args.lora)))
 
 
-def build(args, device, dtype):
+def build(args, device):
     """Loads the model and applies the options that change how it computes -> Pipeline.
 
-    Where the device lacks int8 products, args.weights and args.dtype may change.
+    Also completes args.dtype; where the device lacks int8 products, args.weights may change.
     """
     model = open_model(args.model, **{part: getattr(args, part) for part in PARTS})
     if args.model and Path(args.model).is_file():         # the others were found beside it
@@ -618,10 +644,9 @@ def build(args, device, dtype):
             setattr(args, part, str(model.files[part]))
     if args.shift:
         model = model._replace(shift_assumed=False)
-    keep = {args.weights, "int8"} - {None}
-    if hardware.bfloat16_replaces_int8(model, device, args.weights, "dtype" in args.given):
-        args.dtype, dtype, keep = "bfloat16", torch.bfloat16, keep - {"int8"}
-        args.weights = None if args.weights == "int8" else args.weights
+    args.dtype, args.weights, keep = hardware.choose_numbers(
+        model, device, args.dtype, args.weights)
+    dtype = getattr(torch, args.dtype)
     check_options_fit(args, device, dtype, model, keep)
     home = "cpu" if args.offload else device
     pipeline = load_pipeline(
@@ -631,29 +656,14 @@ def build(args, device, dtype):
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):
         if device.type == "cpu":
             hardware.use_cpu_kernels(net)
+        if args.attention:
+            hardware.use_attention(net, args.attention)
     if args.tile is not False:
         hardware.use_tiles(pipeline.vae, above=0 if args.tile or args.offload == "blocks" else 2e6)
-    place(args, pipeline)
+    hardware.place(pipeline, args.offload, args.context_parallel, args.compile)
     if device.type == "cpu" and sum(p.numel() for p in pipeline.dit.parameters()) < 50e6:
         torch.set_num_threads(1)              # more gain a small network nothing
     return pipeline
-
-
-def place(args, pipeline):
-    """Puts the networks where they compute, then compiles the DiT if that is asked for."""
-    networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
-    if args.offload == "blocks":
-        hardware.stream_blocks(pipeline)
-    elif args.offload:
-        hardware.TakeTurns(networks, device)
-    else:
-        for net in networks:
-            net.to(device)
-    if args.context_parallel:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        hardware.split_tokens(pipeline.dit)
-    if args.compile:
-        pipeline.dit.compile()
 
 
 def find_bundled():
@@ -766,12 +776,11 @@ def main():
     args = parse_arguments()
     image = read_image(args.init_image) if args.init_image else None
     device = find_device(args.device)
-    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if args.offload and device.type == "cpu":
         warnings.warn("--offload has no effect on a CPU", stacklevel=2)
         args.offload = None
     keep_freed_memory()
-    pipeline = build(args, device, getattr(torch, args.dtype))
+    pipeline = build(args, device)
     settings = {name: setting(getattr(args, name), getattr(pipeline, name))
                 for name in ("steps", "guidance", "shift")}
     settings.update({name: getattr(args, name) for name in OF_GUIDANCE})
@@ -787,9 +796,7 @@ def main():
                       f"of {width}x{height}", stacklevel=2)
     function = partial(function, height=height, width=width, **settings)
     record = make_record(args, pipeline, settings, f"{width}x{height}")
-    kernel = ATTENTION.get(args.attention)
-    with nn.attention.sdpa_kernel(kernel) if kernel else nullcontext():
-        draw(args, pipeline, record, function)
+    draw(args, pipeline, record, function)
     if args.context_parallel:
         torch.distributed.destroy_process_group()
 

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +25,7 @@ import hardware
 import sampler
 from conftest import ROOT, TINY, Failing, Recorder, refused, run, run_here
 from convert_weights import UserError
+from model import Attention
 
 SMALL = ("--model", TINY, "--size", "48x32", "--steps", 2)
 
@@ -81,11 +84,22 @@ def test_pictures_and_names(tmp_path, pipeline):
         assert np.abs(pixels(name) - np.asarray(alone)).max() <= 1   # up to rounding
 
 
-def test_nothing_is_overwritten_and_small_pictures_are_enlarged(tmp_path):
+def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"mine")
     draw("a cat", *SMALL, "--out", "cat.png")
     assert (tmp_path / "cat.png").read_bytes() == b"mine"
-    assert Image.open("cat-1.png").size == (48 * 8, 32 * 8)
+    assert (tmp_path / "cat-1.png").exists()
+
+
+@pytest.mark.parametrize("words, size", [
+    ([], (256, 256)), (["--upscale", "none"], (64, 64)), (["--size", "48x32"], (48, 32)),
+    (["--width", 32], (32, 64)), (["--size", "48x32", "--upscale", "nearest"], (384, 256))])
+def test_small_pictures_are_enlarged(own, words, size):
+    """Unless their size was asked for; --like does what was done."""
+    draw("a cat", "--model", own, *words)
+    draw("--like", "image.png", "--model", own)
+    assert Image.open("image.png").size == size
+    assert same_pixels("image.png", "image-1.png")
 
 
 class NoLinks:
@@ -118,6 +132,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch, has_links)
         assert Image.open(tmp_path / name).text == {"seed": "1"}
     assert sampler.save_png(image, tmp_path / "a.png", {}, 7) == tmp_path / "a-7.png"
     assert len([*tmp_path.iterdir()]) == 4
+
+
+def test_a_picture_that_cannot_be_renamed_leaves_no_empty_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", NoLinks())
+    monkeypatch.setattr(os, "replace", Failing(OSError(5, "Input/output error")))
+    with pytest.raises(UserError, match="Input/output"):
+        sampler.save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_checkpoint_recommends(own):
@@ -270,6 +292,21 @@ def test_parts_without_a_model():
     assert text["model"] == "transformer" and json.loads(text["files"]) == files
 
 
+def test_a_model_that_is_given_replaces_the_recorded_parts(tmp_path, own):
+    """Those that --dit and the others named, and those that lay beside a single file."""
+    convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
+    file = tmp_path / "comfy/z_image.safetensors"
+    draw("a cat", *PARTS, "--size", "48x32", "--steps", 2, "--out", "parts.png")
+    draw("a cat", "--model", file, "--size", "48x32", "--steps", 2, "--out", "file.png")
+    for name in ("parts.png", "file.png"):
+        draw("--like", name, "--model", own, "--out", f"own-{name}")
+        assert json.loads(Image.open(f"own-{name}").text["files"]).keys() == {"model"}
+    draw("--like", "file.png", "--model", file, "--out", "again.png")
+    assert same_pixels("file.png", "again.png")
+    draw("--like", "file.png", "--model", file, "--vae", TINY / "vae", "--out", "again-2.png")
+    assert json.loads(Image.open("again-2.png").text["files"])["vae"][0][0] == "vae"
+
+
 def test_a_single_file_part_has_the_releases_size(tmp_path):
     """Without --model a file that has no configuration is of the release, not of the student."""
     convert_weights.convert(TINY, tmp_path / "comfy", to="comfy")
@@ -328,6 +365,9 @@ GOOD = {"prompt": "a cat", "seed": "1", "size": "48x32", "steps": "2", "files": 
     {**GOOD, "files": '{"out": [["x.png", null]]}'}, {**GOOD, "files": "[]"},
     {**GOOD, "files": '{"lora": [["other.png", null]]}'},
     {**GOOD, "files": '{"lora": [["owner/name", null, "x"]]}'},
+    {**GOOD, "files": '{"lora": [["owner/name", null]]}'},
+    {**GOOD, "files": '{"lora": [["owner/name", null, 1.0, 2.0]]}'},
+    {**GOOD, "files": '{"model": [["owner/name", null], ["owner/name", null]]}'},
     {**GOOD, "files": '{"vae": [["/etc/passwd", null]]}'},
     {**GOOD, "options": '["num_images"]', "num_images": "3"},
     {**GOOD, "options": '["prompts"]', "prompts": "/etc/passwd"},
@@ -336,6 +376,22 @@ GOOD = {"prompt": "a cat", "seed": "1", "size": "48x32", "steps": "2", "files": 
 def test_like_with_other_pictures(text):
     Image.new("RGB", (8, 8)).save("other.png", pnginfo=png_with(text))
     refused(run_here(sampler.main, "--like", "other.png"), "other.png")
+
+
+def test_like_does_not_get_around_a_contradiction():
+    text = {**GOOD, "compile": "True", "options": '["size", "steps", "compile"]'}
+    Image.new("RGB", (8, 8)).save("other.png", pnginfo=png_with(text))
+    result = run_here(sampler.main, "--like", "other.png", "--offload", "blocks")
+    refused(result, "--compile", "--offload")
+
+
+def test_like_of_a_picture_with_the_largest_seed():
+    draw("a cat", "a dog", *SMALL, "--seed", 2 ** 63 - 2)
+    assert Image.open("image-1.png").text["seed"] == str(2 ** 63 - 1)
+    draw("--like", "image-1.png", "--model", TINY)
+    assert same_pixels("image-1.png", "image-2.png")
+    result = run_here(sampler.main, "a cat", "a dog", *SMALL, "--seed", 2 ** 63 - 1)
+    refused(result, "--seed", 2 ** 63 - 2)
 
 
 def test_like_of_a_picture_whose_prompt_is_a_dash(tmp_path, monkeypatch):
@@ -451,6 +507,10 @@ def sixteen_bits(value):
     Image.fromarray(np.full((64, 64), value, np.uint16)).save("input.png")
 
 
+def thirty_two_bits(value):
+    Image.fromarray(np.full((64, 64), value, np.int32)).save("input.png", "TIFF")
+
+
 @pytest.mark.parametrize("make, size, color", [
     (rotated_photo, (64, 96), (255, 0, 0)),
     (lambda: transparent("RGBA"), (64, 64), (255, 255, 255)),
@@ -458,6 +518,9 @@ def sixteen_bits(value):
     (palette_with_transparency, (64, 64), (255, 255, 255)),
     (lambda: sixteen_bits(20000), (64, 64), (78, 78, 78)),
     (lambda: sixteen_bits(65535), (64, 64), (255, 255, 255)),
+    (lambda: sixteen_bits(200), (64, 64), (0, 0, 0)),              # nearly black, not gray
+    (lambda: thirty_two_bits(200), (64, 64), (200, 200, 200)),
+    (lambda: thirty_two_bits(20000), (64, 64), (78, 78, 78)),
     (lambda: Image.new("L", (64, 64), 100).save("input.png"), (64, 64), (100, 100, 100)),
     (lambda: Image.new("1", (64, 64), 1).save("input.png"), (64, 64), (255, 255, 255)),
     (lambda: Image.new("CMYK", (64, 64), 0).save("input.png", "JPEG"), (64, 64), (255, 255, 255))])
@@ -519,8 +582,7 @@ def test_mistakes(tmp_path, inputs, arguments, words):
     ("--batch-size", ["0", "100000", "1.5"]),
     ("--height", ["0", "-16", "100000000000"]),
     ("--width", ["0", "1e3"]),
-    # The last images of a run have larger seeds.
-    ("--seed", ["-1", "9223372036854775807", "1.5", "x"]),
+    ("--seed", ["-1", "9223372036854775808", "1.5", "x"]),
     ("--guidance", ["-1", "nan", "inf", "1e300", "x"]),
     ("--cfg-normalization", ["-1", "inf"]),
     ("--cfg-truncation", ["nan", "-0.1", "2"]),
@@ -574,14 +636,19 @@ def test_no_warning_without_a_reason(options):
 
 
 @pytest.mark.parametrize("has_int8, has_bfloat16, dtype, expected", [
-    (True, True, [], ("float32", "Int8Linear", 0)),
+    (True, True, [], ("bfloat16", "Int8Linear", 0)),
+    (True, True, ["--dtype", "float32"], ("float32", "Int8Linear", 0)),
+    (True, False, [], ("float32", "Int8Linear", 0)),
     (False, True, [], ("bfloat16", "Linear", 1)),
     (False, True, ["--dtype", "float32"], ("float32", "Int8Linear", 1)),
     (False, False, [], ("float32", "Int8Linear", 1))])
 @pytest.mark.parametrize("is_stored", [False, True])
-def test_int8_where_a_cpu_has_no_such_products(
+def test_int8_and_what_a_cpu_multiplies(
         tmp_path, monkeypatch, has_int8, has_bfloat16, dtype, expected, is_stored):
-    """bfloat16 takes its place, with one warning, for an int8 file as for --weights int8."""
+    """Beside int8 weights bfloat16 is the default, for an int8 file as for --weights int8.
+
+    Where there are no int8 products it takes their place, with one warning. --like repeats it all.
+    """
     monkeypatch.setattr(hardware, "CPU_HAS_INT8", has_int8)
     monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", has_bfloat16)
     words = ["--weights", "int8"]
@@ -596,6 +663,9 @@ def test_int8_where_a_cpu_has_no_such_products(
     layer = "Linear" if layer == "CPULinear" else layer
     assert (text["dtype"], layer, result.stderr.count("warning: ")) == expected
     assert text.get("weights") == ("int8" if layer == "Int8Linear" and not is_stored else None)
+    draw("--like", "image.png", "--model", tmp_path / "int8" if is_stored else TINY)
+    assert same_pixels("image.png", "image-1.png")
+    assert Image.open("image-1.png").text == text
 
 
 def test_long_prompt_is_cut_with_a_warning():
@@ -646,7 +716,8 @@ def ask_for_too_much(x, t, text):
     (Failing(torch.OutOfMemoryError("CUDA out of memory.")), ["out of memory", "--offload"]),
     (Failing(MemoryError()), ["out of memory", "--weights"]),
     (Failing(RuntimeError("No viable backend for scaled_dot_product_attention was found.")),
-     ["--attention"])])
+     ["--attention"]),
+    (Failing(RuntimeError("No available kernel. Aborting execution.")), ["--attention"])])
 def test_out_of_memory_and_kernels(tmp_path, monkeypatch, forward, words):
     monkeypatch.setattr(sampler.DiT, "forward", lambda self, *arguments: forward(*arguments))
     refused(run_here(sampler.main, "a cat", *SMALL), *words)
@@ -669,6 +740,27 @@ def test_other_errors_are_not_hidden(monkeypatch):
 # --- Options reach the networks -------------------------------------------------------------------
 
 
+def test_the_kernel_is_that_of_dit_and_text_encoder(monkeypatch):
+    """The VAE's attention is too wide for most kernels, and keeps the choice of all."""
+    seen, attention = {"blocks": [], "vae": []}, F.scaled_dot_product_attention
+
+    def attend(where, *arguments, **options):
+        seen[where].append(torch.nn.attention._cur_sdpa_kernel_backends())
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(Attention, "attend", staticmethod(partial(attend, "blocks")))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", partial(attend, "vae"))
+    Image.new("RGB", (48, 32), "red").save("red.png")
+    draw("a cat", *SMALL, "--init-image", "red.png", "--attention", "math")
+    assert seen["blocks"] and all(kernels == [torch.nn.attention.SDPBackend.MATH]
+                                  for kernels in seen["blocks"])
+    assert seen["vae"] and all(len(kernels) > 2 for kernels in seen["vae"])
+
+
+def test_a_kernel_that_a_cpu_lacks_is_refused():
+    refused(run_here(sampler.main, "a cat", *SMALL, "--attention", "cudnn"), "--attention")
+
+
 def test_compile_reaches_the_dit(monkeypatch):
     calls = Recorder(lambda dit: None)
     monkeypatch.setattr(sampler.DiT, "compile", lambda dit: calls(dit.config))
@@ -687,7 +779,7 @@ def arguments_of(*words):
     (["--weights", "int8"], "Int8Linear", "TiledDecoder"),
     (["--weights", "fp8", "--tile"], "Float8Linear", "TiledDecoder")])
 def test_build(words, encoder, decoder):
-    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"), torch.float32)
+    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"))
     for net in (pipeline.text_encoder.layers[0].mlp, pipeline.dit.layers[0].feed_forward):
         assert type(net.w1).__name__ == encoder
     assert type(pipeline.vae.decoder).__name__ == decoder
@@ -697,7 +789,7 @@ def test_build(words, encoder, decoder):
 @pytest.mark.parametrize("words, above", [([], 2e6), (["--tile"], 0), (["--offload", "blocks"], 0)])
 def test_when_the_vae_works_in_tiles(monkeypatch, words, above):
     monkeypatch.setattr(hardware, "stream_blocks", lambda pipeline: None)
-    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"), torch.float32)
+    pipeline = sampler.build(arguments_of(*words), torch.device("cpu"))
     assert pipeline.vae.decoder.above == above
 
 

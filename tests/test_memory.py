@@ -289,7 +289,30 @@ def has_none(dtype, device):
 
 def slow_scaled_mm(a, b, scale_a, scale_b, out_dtype):
     """torch._scaled_mm, which CPUs do not have for float8 everywhere."""
+    assert out_dtype == torch.bfloat16        # no other one with a scale for each row on all cards
     return ((a.double() @ b.double()) * scale_a * scale_b).to(out_dtype)
+
+
+@pytest.mark.parametrize("product, expected", [
+    (slow_scaled_mm, True), (Failing(RuntimeError("not on this card")), False),
+    (Failing(ValueError("not on Windows")), False), (lambda *_, **__: torch.zeros(32, 32), False)])
+def test_float8_products_are_tried_once(monkeypatch, product, expected):
+    calls = Recorder(product)
+    monkeypatch.setattr(torch, "_scaled_mm", calls)
+    hardware.multiplies_float8.cache_clear()
+    assert [hardware.multiplies_float8(CPU) for _ in range(3)] == [expected] * 3
+    hardware.multiplies_float8.cache_clear()
+    assert len(calls.calls) == 1
+    monkeypatch.setattr(hardware, "multiplies_float8", lambda device: expected)
+    assert hardware.has_products(torch.float8_e4m3fn, CUDA) == expected
+    assert not hardware.has_products(torch.float8_e4m3fn, CPU)
+    assert not hardware.has_products(torch.float8_e4m3fn, torch.device("mps"))
+
+
+def test_float8_is_refused_where_the_device_has_none():
+    with pytest.raises(UserError, match="--weights fp8"):
+        hardware.choose_numbers(Release(), torch.device("mps"), None, "fp8")
+    assert hardware.choose_numbers(Release(), torch.device("mps"), None, None)[0] == "bfloat16"
 
 
 @pytest.mark.parametrize("kind, sizes, limit", [
@@ -325,6 +348,16 @@ def test_a_cpu_multiplies_int8_of_any_size(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", product)
     hardware.quantize(nn.Sequential(nn.Linear(426, 7, bias=False)), "int8")(torch.randn(3, 426))
     assert len(product.calls) == 1
+
+
+def test_layers_do_not_share_a_rotation_that_moves():
+    """Offloading replaces the data of a layer's tensors; the matrix is the same for all layers."""
+    one, two = (nn.Linear(64, 16, bias=False) for _ in range(2))
+    for layer in (one, two):
+        hardware.quantize_layer(layer, layer.weight.detach(), "int8")
+    assert one.rotation.data_ptr() == two.rotation.data_ptr()    # no memory of its own
+    one.rotation.data = torch.zeros(64, 64)
+    assert two.rotation.any() and hadamard(64).any()
 
 
 def test_outliers_do_not_spoil_int8(monkeypatch):
@@ -483,7 +516,7 @@ def test_kernels_change_no_picture(pipeline, with_bfloat16, dtype, limit):
 @torch.no_grad()
 @pytest.mark.parametrize("apply", [
     hardware.use_cpu_kernels, lambda net: hardware.quantize(net, "int8"),
-    lambda net: hardware.quantize(net, "fp8")])
+    lambda net: hardware.quantize(net, "fp8"), lambda net: hardware.use_attention(net, "math")])
 def test_changed_networks_compile_to_one_graph(pipeline, apply):
     dit = copy.deepcopy(pipeline.dit)
     apply(dit)
@@ -618,3 +651,11 @@ def test_what_fits_is_not_refused(monkeypatch, device, free):
 def test_free_memory():
     assert hardware.free_memory(CPU) is None or 1e7 < hardware.free_memory(CPU) < 1e14
     assert hardware.free_memory(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("MemTotal: 9 kB\nMemAvailable:  30 kB\nSwapTotal: 7 kB\nSwapFree:  5 kB\n", 35 * 1024),
+    ("MemTotal: 9 kB\n", None)])
+def test_swap_counts_as_free(monkeypatch, text, expected):
+    monkeypatch.setattr(hardware.Path, "read_text", lambda path: text)
+    assert hardware.free_memory(CPU) == expected

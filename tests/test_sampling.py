@@ -277,6 +277,19 @@ def test_gradients_reach_every_parameter(pipeline):
         assert gradient.any()
 
 
+@pytest.mark.parametrize("prompts, options, words", [
+    ("a cat", {"negative_prompt": ["red"], "guidance": 1.0}, "should be a string"),
+    ([3], {}, "should be a string"),
+    ([], {}, "no prompt"),
+    ("a cat", {"output": "np"}, "pil, tensor or latent"),
+    ("a cat", {"guidance_every": 0}, "guidance_every"),
+    ("a cat", {"noise": torch.zeros(1, 16, 8, 8)}, "noise"),
+    (["a cat", "a dog"], {"noise": torch.zeros(3, 16, 4, 4)}, "noise")])
+def test_arguments_that_make_no_sense(pipeline, prompts, options, words):
+    with pytest.raises(UserError, match=words):
+        sampler.generate(pipeline, prompts, 32, 32, steps=1, **options)
+
+
 # --- Image to image -------------------------------------------------------------------------------
 
 

@@ -727,6 +727,11 @@ TRANSFORMER, ENCODER, AUTOENCODER = (f"{folder}/config.json" for folder in
     (ENCODER, {"model_type": "llama"}), (ENCODER, {"num_key_value_heads": 3}),
     (AUTOENCODER, {"_class_name": "AutoencoderTiny"}), (AUTOENCODER, {"norm_num_groups": 3}),
     (AUTOENCODER, {"block_out_channels": [8, -8, 16, 16]}),
+    (AUTOENCODER, {"block_out_channels": [2 ** 30] * 4}),
+    (ENCODER, {"hidden_size": 2 ** 31 - 1, "vocab_size": 2 ** 31 - 1}),
+    (ENCODER, {"intermediate_size": 2 ** 31 - 1, "hidden_size": 2 ** 31 - 1}),
+    (TRANSFORMER, {"dim": 2 ** 30, "n_heads": 1, "n_kv_heads": 1,
+                   "axes_dims": [2, 2, 2 ** 30 - 4]}),
     ("scheduler/scheduler_config.json", b'{"shift": 3.0}'),
     ("scheduler/scheduler_config.json", {"shift": "3"}),
     ("scheduler/scheduler_config.json", {"shift": 10 ** 400}),
@@ -765,7 +770,22 @@ def test_networks_that_do_not_belong_together(tmp_path, dit, vae, words):
     assert refused(run_here(sampler.main, "a cat", "--model", tmp_path / "mixed"), words)
 
 
+@pytest.mark.parametrize("kind, config", [
+    ("text_encoder", TextEncoderConfig(*[2 ** 20] * 3, 2, *[2 ** 20] * 3)),
+    ("dit", DiTConfig(2 ** 20, 2 ** 20, 1, 1, 2 ** 10, cap_feat_dim=2 ** 20)),
+    ("vae", VAEConfig(2 ** 20, 2 ** 20, (2 ** 20, 2 ** 20), 1))])
+def test_the_largest_widths_can_be_described(kind, config):
+    """So no configuration ends in PyTorch's error that a size overflows."""
+    assert formats.LARGEST_INT == 2 ** 20
+    convert_weights.expected_tensors(kind, config)
+
+
 # --- Writing ------------------------------------------------------------------------------------
+
+
+def test_help_says_the_dtype():
+    text = " ".join(run_here(convert_weights.main, "--help").stdout.split())
+    assert "default: as stored; bfloat16 where that is quantized" in text
 
 
 def test_convert_command(checkpoint, tmp_path):
