@@ -252,7 +252,8 @@ def recommended_times(pipeline, steps=None, shift=None):
     trained = pipeline.trained_steps or steps
     numbers = trained if isinstance(trained, (list, tuple)) else [trained]
     if not min(numbers) <= steps <= max(numbers):
-        warnings.warn(f"distilled for {trained} steps: fewer are worse, more no help", stacklevel=2)
+        warnings.warn(f"distilled for {trained} steps: fewer are worse, more may help",
+                      stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 
