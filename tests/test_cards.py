@@ -392,6 +392,18 @@ def test_frechet_of_known_gaussians():
     assert evaluate.frechet(3 * a, a) == pytest.approx(4, rel=0.15)
 
 
+def test_diversity_is_that_of_a_seed(monkeypatch):
+    """Seed 0 gives the figures of results.md, whose noise and drawings begin with seed 1."""
+    sampled, drawn = Recorder(lambda *_: torch.rand(2, 3, 4, 4)), Recorder(evaluate.drawings)
+    monkeypatch.setattr(evaluate, "sample_images", sampled)
+    monkeypatch.setattr(evaluate, "drawings", drawn)
+    for seed in ((), (0,), (5,)):
+        evaluate.diversity(None, 4, 0.0, *seed)
+    count = len(evaluate.OPEN_PROMPTS)
+    for calls in (sampled.calls, drawn.calls):
+        assert [call[-1] for call in calls] == [1] * 2 * count + [6] * count
+
+
 def test_noise_is_that_of_the_sampler(monkeypatch):
     """Picture i is the one that sampler.py draws with seed + i, whatever the batch."""
     class Still(torch.nn.Module):
@@ -421,11 +433,13 @@ class FakePipeline:
 
 def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
     assert options == {"guidance_every": 1}
+    perfect_images.seeds.add(seed)
     return evaluate.drawings(prompts, 5)
 
 
 def run(monkeypatch, *arguments):
     """The command with a perfect model in place of a checkpoint -> exit code."""
+    perfect_images.seeds = set()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     monkeypatch.setattr(sampler, "load_pipeline", lambda path, device: FakePipeline)
     monkeypatch.setattr(evaluate, "reconstruct", lambda vae, images: (images, 40.0))
@@ -443,6 +457,7 @@ def test_json(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "--model", "x", "--steps", 2, "--guidance", 1, "--count", 10,
                "--seed", 3, "--prompts", prompts, "--json", out) == 0
     row = json.loads(out.read_text(encoding="utf-8"))
+    assert perfect_images.seeds == {3, 4}                 # of the prompts, and of diversity
     assert (row["model"], row["steps"], row["guidance"], row["count"]) == ("x", 2, 1.0, 10)
     assert row["joint"] == 1.0
     assert {"joint", "thing", "card", "ink", "place", "word", "characters", "frechet", "std_ratio",
@@ -485,6 +500,7 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("option, value", [
     ("--prompts", ""), ("--json", ""),
-    ("--steps", 3000000000), ("--steps", 0), ("--guidance", "nan"), ("--seed", -1), ("--count", 0)])
+    ("--steps", 3000000000), ("--steps", 0), ("--guidance", "nan"),
+    ("--guidance", -1), ("--seed", -1), ("--count", 0)])
 def test_numbers_out_of_range_are_refused(option, value):
     assert refused(run_here(evaluate.main, option, value), option)

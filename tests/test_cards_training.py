@@ -2,11 +2,14 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +20,8 @@ import data
 import evaluate
 import sampler
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, refused, run_here
+from files import alone_in
 
 CARDS = ROOT / "tutorials" / "cards"
 
@@ -101,6 +105,17 @@ def test_a_failed_process_ends_the_waiting():
         drawings.wait(16)
 
 
+@pytest.mark.parametrize("answers", [[True], [False, True, True]])
+def test_a_signal_ends_the_waiting(monkeypatch, answers):
+    """Also where the signal came to the processes that draw, and was noticed there first."""
+    drawings = train.Drawings(SMALL, data.build_tokenizer())
+    drawings.processes = [SimpleNamespace(exitcode=1)]
+    answers = iter(answers)
+    monkeypatch.setattr(train, "stopping", lambda: next(answers))
+    with pytest.raises(KeyboardInterrupt):
+        drawings.wait(16)
+
+
 # --- VAE ----------------------------------------------------------------------------------------
 
 
@@ -133,6 +148,14 @@ def test_crops_are_windows_of_the_images():
     for image, window in zip(images, windows, strict=True):
         y, x = divmod(int(window[0, 0, 0] - image[0, 0, 0]), 8)
         assert torch.equal(window, image[:, y:y + 4, x:x + 4])
+
+
+def test_latents_belong_to_a_vae():
+    vae = train.bundled_vae()
+    path = train.cards_file("", SMALL, vae)
+    assert path == train.cards_file("", SMALL, train.bundled_vae())
+    next(vae.parameters()).view(-1)[0] += 1
+    assert path != train.cards_file("", SMALL, vae)
 
 
 # --- Teacher ------------------------------------------------------------------------------------
@@ -229,7 +252,81 @@ def test_a_stage_is_as_long_as_its_time(tmp_path):
     assert stage.seconds() >= 0.12 and stage.step == len(progress)
 
 
+def test_a_file_that_is_damaged_or_does_not_fit_is_refused(tmp_path):
+    run = train.Run(str(tmp_path), torch.device("cpu"))
+    vae = train.bundled_vae()
+    stage = train.Stage(run, "teacher", 1, 1, nets=torch.nn.Linear(2, 2))
+    stage.save()
+    with pytest.raises(train.UserError, match="teacher.pt.*--set"):
+        train.Stage(run, "teacher", 1, 1, nets=torch.nn.Linear(2, 3))
+    whole = Path(stage.path).read_bytes()
+    for path in (stage.path, tmp_path / "vae.pt", train.cards_file(run.out, SMALL, vae)):
+        for content in (b"", b"no such file", whole[:len(whole) // 2]):
+            Path(path).write_bytes(content)
+            with pytest.raises(train.UserError, match=Path(path).name):
+                train.Stage(run, "teacher", 1, 1)
+                train.finished_vae(run)
+                train.encode_cards(SMALL, run, vae, None)
+        os.remove(path)
+
+
+def test_the_log_is_json(tmp_path):
+    train.log(train.Run(str(tmp_path), torch.device("cpu")), a=float("nan"), b=float("inf"), c=0.5)
+    line = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": None, "c": 0.5}
+
+
 # --- The command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_here(tmp_path, monkeypatch):
+    """Runs the command without its stages: what `work` would have done is in calls."""
+    calls = []
+    monkeypatch.setattr(train, "work", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(train.Drawings, "start", lambda *_: None)
+    monkeypatch.setattr(train.Drawings, "wait", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*options):
+        return run_here(train.main, "--out", tmp_path / "run", "--smoke", *options)
+    run.calls = calls
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path, train_here):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert train_here().returncode == 0                            # an empty one
+    (folder / "cards-of-mine.pt").write_text("mine")
+    with alone_in(folder):
+        assert refused(train_here(), "another process")
+    assert train_here().returncode == 0 and len(train_here.calls) == 2
+    assert (folder / "cards-of-mine.pt").read_text() == "mine"
+    for log in ("", '{"iteration": 1}\n', "3\n", "no JSON"):
+        (folder / "log.jsonl").write_text(log)
+        (folder / "tokenizer.json").write_text("mine")
+        assert refused(train_here(), folder)
+        assert (folder / "tokenizer.json").read_text() == "mine"
+    assert len(train_here.calls) == 2
+
+
+def test_a_mistake_is_said_once_and_ends_all_workers(monkeypatch, train_here):
+    def work(recipe, run, *_):
+        if run.rank == 1:
+            raise train.UserError("said by the other")
+        if run.rank == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.pause()
+        raise train.UserError("said by the first")
+    monkeypatch.setattr(train, "work", work)
+    assert train.assist(None, train.Run("", None, rank=1)) is None
+    assert refused(train_here("--workers", 4), "said by the first")
+    for process in multiprocessing.active_children():              # reaps what was killed
+        process.join(10)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
@@ -327,7 +424,8 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
     *(("--set", setting) for setting in (
         "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
         "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1",
-        "decay_from=1"))])
+        "decay_from=1", "shift=1e8", "sample_steps=100000", "guidance=1e4", "ema=1.5",
+        "drawings=1000000000"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])
     with pytest.raises(train.UserError):

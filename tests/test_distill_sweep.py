@@ -1,6 +1,9 @@
 """tutorials/cards/sweep.py: its variants are commands of distill.py; results and tables."""
 
 import json
+import multiprocessing
+import os
+import signal
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -10,6 +13,7 @@ import torch
 
 import dial
 import distill
+import evaluate
 import sampler
 import sweep
 from conftest import TINY, refused, run_here
@@ -67,59 +71,105 @@ def test_a_variant_is_trained_and_scored(tmp_path):
     assert (folder / "log.jsonl").exists() and not (folder / "student").exists()
 
 
-class DoneNow:
-    """Stands for a pool of processes: runs each job at once."""
-
-    def __init__(self, *_, **__):
-        self.jobs = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, name, seed, options, job):
-        self.jobs.append((name, seed))
-        return Done(name, seed)
+def stand_in(name, seed, options, job):
+    """In place of run_variant. "2 steps" fails, "4 steps" is killed, "8 steps" stops the sweep."""
+    if name == "2 steps":
+        raise ValueError("this run fails\n")
+    if name == "4 steps":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "8 steps":
+        for number in (job.count, *sweep.STOP):           # Ctrl-C comes to all, and again
+            os.kill(os.getpid(), number)
+            os.kill(os.getppid(), number)
+        signal.pause()
+    return [result(name, seed) | {"options": options, "scoring": sweep.scoring(job)}]
 
 
-class Done:
-    def __init__(self, name, seed):
-        self.name, self.seed = name, seed
+@pytest.fixture
+def sweep_here(tmp_path, monkeypatch):
+    """Runs the command with stand_in. Its processes are forked, which takes no seconds."""
+    monkeypatch.setattr(sweep, "get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(sweep, "run_variant", stand_in)
+    before = {number: signal.getsignal(number) for number in sweep.STOP}
+    yield partial(run_here, sweep.main, "--out", tmp_path / "sweep")
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-    def result(self):
-        if self.name == "2 steps":
-            raise ValueError("this run fails")
-        return [result(self.name, self.seed)]
 
-
-def test_a_sweep_goes_on_and_one_failure_does_not_end_it(tmp_path, monkeypatch):
-    pools = []
-
-    def make_pool(*arguments, **options):
-        pools.append(DoneNow())
-        return pools[-1]
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", make_pool)
-    monkeypatch.setattr(sweep, "as_completed", list)
-    run = partial(run_here, sweep.main, "--out", tmp_path / "sweep", "--only", "1 step", "2 steps",
-                  "--seeds", 0, 1)
-    first = run()
-    assert first.returncode == 0 and "2 steps" in first.stderr and "this run fails" in first.stderr
-    assert run().returncode == 0
-    assert pools[0].jobs == [("1 step", 0), ("2 steps", 0), ("1 step", 1), ("2 steps", 1)]
-    assert pools[1].jobs == [("2 steps", 0), ("2 steps", 1)]       # only what is missing
+def seeds_done(tmp_path):
     lines = (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+    return [(r["variant"], r["seed"]) for r in map(json.loads, lines)]
+
+
+def test_a_sweep_goes_on_and_a_failure_does_not_end_it(tmp_path, sweep_here):
+    run = partial(sweep_here, "--only", "2 steps", "4 steps", "1 step", "--seeds", 0, 1)
+    first = run("--workers", 2)
+    assert first.returncode == 1 and first.stderr.count("\n") == 4
+    for words in ("2 steps, seed 0: ValueError", "2 steps, seed 1", "4 steps, seed 0: its process",
+                  "4 steps, seed 1", "exit code -9"):
+        assert f"{words}" in first.stderr
+    assert sorted(seeds_done(tmp_path)) == [("1 step", 0), ("1 step", 1)]
     assert "| 1 step |" in (tmp_path / "sweep" / "table.md").read_text()
-    assert refused(run("--iterations", 3), "other options")
+    again = run("--seeds", 1, 2)
+    assert "seed 0" not in again.stderr                            # what was chosen
+    assert sorted(seeds_done(tmp_path)) == [("1 step", 0), ("1 step", 1), ("1 step", 2)]
+    assert sweep_here("--only", "1 step", "--seeds", 0, 1).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sweep_and_keeps_what_is_done(tmp_path, sweep_here, number):
+    """The run that goes on is ended by the sweep, and the next one does not begin."""
+    done = sweep_here("--only", "1 step", "8 steps", "CA + DM", "--seeds", 0,
+                      "--count", int(number))
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert seeds_done(tmp_path) == [("1 step", 0)]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("options", [
+    ["--iterations", 3], ["--count", 7], ["--watch", 7], ["--score-steps", 7],
+    ["--held-out", sweep.HERE / "prompts.txt"]])
+def test_results_of_other_options_are_not_mixed(tmp_path, sweep_here, options):
+    assert sweep_here("--only", "1 step", "--seeds", 0).returncode == 0
+    assert refused(sweep_here("--only", "1 step", "--seeds", 1, *options), "name another --out")
+    assert seeds_done(tmp_path) == [("1 step", 0)]
+
+
+def test_half_a_line_is_no_result_and_other_damage_is_refused(tmp_path, sweep_here):
+    run = partial(sweep_here, "--only", "1 step", "--seeds")
+    assert run(0).returncode == 0
+    path = tmp_path / "sweep" / "results.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    assert sweep_here("--table").returncode == 0
+    assert run(1).returncode == 0 and seeds_done(tmp_path) == [("1 step", 0), ("1 step", 1)]
+    for text in ("{half\n", "[]\n", '{"variant": "1 step"}\n'):
+        path.write_text(text + whole)
+        assert refused(sweep_here("--table"), path, "damaged")
+
+
+def test_the_table_reads_results_that_do_not_say_how_they_were_scored(tmp_path, sweep_here):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "results.jsonl").write_text(json.dumps(result("1 step", 0)) + "\n")
+    assert "| 1 step | 4 | 1 |" in sweep_here("--table").stdout
+    assert refused(sweep_here("--only", "1 step"), "name another --out")
+
+
+OTHER_TEACHER = ["--prompts", str(sweep.HERE / "prompts.txt"), "--teacher"]
 
 
 @pytest.mark.parametrize("arguments, word", [
     (["--only", "no such variant"], "no such variant"), (["--iterations", "0"], "--iterations"),
-    (["--seeds", "-1"], "--seeds"), (["--workers", "0"], "--workers")])
-def test_wrong_options_are_refused(tmp_path, arguments, word):
-    assert refused(run_here(sweep.main, "--out", tmp_path / "sweep", *arguments), word)
+    (["--seeds", "-1"], "--seeds"), (["--workers", "0"], "--workers"),
+    (["--only", "CA alone", "--warmup", "5"], "--warmup"), (["--held-out", "nofile"], "nofile"),
+    (["--held-out", os.devnull], "--held-out"), (["--prompts", "nofile"], "nofile"),
+    ([*OTHER_TEACHER, "nowhere"], "nowhere"), (["--device", "cuda:99"], "cuda:99"),
+    (["--size", "64"], "--size"), (["--size=64"], "--size"), (["--resume"], "--resume"),
+    (["--overwrite"], "--overwrite"), (["--seed", "3"], "--seed "),
+    (["--accumulate", "17"], "--accumulate"), (["--lora", "193"], "--lora"),
+    (["--only", "LoRA 64", *OTHER_TEACHER, str(TINY)], "--lora 64")])
+def test_wrong_options_are_refused(tmp_path, sweep_here, arguments, word):
+    assert refused(sweep_here(*arguments), word)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -161,6 +211,7 @@ def test_a_student_between_two():
 
 @pytest.mark.parametrize("change, words", [
     ({"shift": 9.0}, "shift"), ({"size": 64}, "size"), ({"vae": None}, "vae"),
+    ({"steps": 1}, "steps"), ({"trained_steps": [1, 2]}, "trained_steps"),
     ({"text_encoder": None}, "text_encoder"), ({"tokenizer": None}, "tokenizer"), ({}, None)])
 def test_the_dial_takes_students_of_one_teacher(change, words):
     """They may differ in the weights of the DiT only: all else would come from one of them."""
@@ -187,3 +238,25 @@ def test_the_dial_writes_one_student_and_over_nothing(tmp_path):
     mean, low = (sampler.load_pipeline(path).dit.state_dict() for path in (tmp_path / "new", TINY))
     for name, w in low.items():
         torch.testing.assert_close(mean[name], w.bfloat16().float())
+
+
+def test_the_dial_prints_open_and_given_accuracy(tmp_path, monkeypatch):
+    """The seed is that of the pictures and of the diversity. A group may have no prompts."""
+    seeds, row = [], {name: 0.5 for name in dial.COLUMNS} | {"open": {"joint": 0.25}}
+
+    def sample(student, prompts, steps, guidance, seed):
+        seeds.append(seed)
+        return torch.rand(2, 3, 8, 8)
+    monkeypatch.setattr(evaluate, "sample_images", sample)
+    monkeypatch.setattr(evaluate, "drawings", lambda prompts, seed: torch.rand(2, 3, 8, 8))
+    monkeypatch.setattr(evaluate, "score", lambda *_: dict(row))
+    monkeypatch.setattr(evaluate, "OPEN_PROMPTS", ["a fox"])
+    out = tmp_path / "out.json"
+    run = partial(run_here, dial.main, "--low", TINY, "--high", TINY, "--share", 0.5, "--seed", 7)
+    done = run("--count", 2, "--json", out).stdout.splitlines()
+    assert done[0].startswith("| share | joint | open | given |")
+    assert done[2].startswith("| 0.5 | 0.500 | 0.250 | 0.500 |") and seeds == [7, 8]
+    assert json.loads(out.read_text())["open"]["joint"] == 0.25
+    del row["given"]
+    assert "| 0.250 |  |" in run("--count", 1).stdout
+    assert refused(run("--count", 1001), "--count 1001")

@@ -5,7 +5,8 @@
 
 Two students that start from the same teacher, one with a small alpha and one with a large one, stay
 close enough that weights between theirs make a student, too. Its guidance is then between theirs,
-and sampling costs no more. The share is how far it lies from --low (0) to --high (1).
+and sampling costs no more. The share is how far it lies from --low (0) to --high (1). The columns
+are figures of evaluate.py; `open` and `given` are joint accuracies of these prompts.
 """
 
 import os
@@ -33,7 +34,7 @@ from convert_weights import (  # noqa: E402
     save_pipeline,
 )
 
-COLUMNS = ("joint", "strict", "frechet", "saturation", "diversity")
+COLUMNS = ("joint", "open", "given", "strict", "frechet", "saturation", "diversity")
 
 
 def between(low, high, share):
@@ -47,7 +48,7 @@ def between(low, high, share):
 
 def check_siblings(low, high):
     """UserError where two students differ in more than the weights of the DiT."""
-    different = [name for name in ("shift", "size")
+    different = [name for name in ("shift", "size", "steps", "trained_steps")
                  if getattr(low, name) != getattr(high, name)]
     if low.dit.config != high.dit.config:
         different.append("dit")
@@ -84,6 +85,9 @@ def main():
         raise UserError("--out writes one student: it goes with one --share, and without --json")
     if args.out and Path(args.out).exists():
         raise UserError(f"{args.out} exists already; name a new directory")
+    prompts = sampler.read_prompts(HERE / "prompts_heldout.txt")
+    if args.count > len(prompts):
+        raise UserError(f"--count {args.count}: there are {len(prompts)} held-out prompts")
     low, high = sampler.load_pipeline(args.low), sampler.load_pipeline(args.high)
     check_siblings(low, high)
     if args.out:
@@ -93,16 +97,18 @@ def main():
                       guidance=0.0, size=student.size, trained_steps=student.trained_steps)
         print(f"wrote {args.out}")
         return
-    prompts = sampler.read_prompts(HERE / "prompts_heldout.txt")[:args.count]
+    prompts = prompts[:args.count]
     real, rows = evaluate.drawings(prompts, 1), []
     print(f"| share | {' | '.join(COLUMNS)} |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for share in args.share:
         student = between(low, high, share)
         images = evaluate.sample_images(student, prompts, args.steps, 0.0, args.seed)
         row = evaluate.score(images, prompts, real)
-        row |= {"share": share, "diversity": evaluate.diversity(student, args.steps, 0.0)}
-        figures = " | ".join(f"{row[name]:.3f}" for name in COLUMNS)
-        print(f"| {share:g} | {figures} |", flush=True)
+        diversity = evaluate.diversity(student, args.steps, 0.0, args.seed)
+        row |= {"share": share, "diversity": diversity}
+        figures = [evaluate.figure(row, name) for name in COLUMNS]
+        cells = " | ".join("" if value is None else f"{value:.3f}" for value in figures)
+        print(f"| {share:g} | {cells} |", flush=True)
         rows.append(row)
     if args.json:
         evaluate.write_json(args.json, rows)

@@ -9,7 +9,7 @@ wants everything that the prompt names. `strict` wants the word right and every 
 prompts, divided by the drawings' total variance: 0 is the same distribution, 1 is as far as the
 drawings spread. Features are mean colors and fixed random filters, never trained. `std_ratio`
 and `saturation` compare contrast and color with those of the drawings, and `diversity` how far the
-pictures of one prompt differ: 1 is as in the drawings.
+pictures of one prompt differ: 1 is as in the drawings. --seed is that of all noise and drawings.
 Every figure is given again for `unseen_words` (the word is held out of training), `en`, `zh`,
 `open` (place, card or ink is left to the model) and `given` (everything is named).
 """
@@ -173,6 +173,12 @@ def score(images, prompts, real=None, workers=None):
     return row
 
 
+def figure(row, name):
+    """A figure of what `score` gives, or None; of one of GROUPS its joint accuracy."""
+    value = row.get(name)
+    return value.get("joint") if isinstance(value, dict) else value
+
+
 def figures(readings, prompts, rows, chosen):
     """All figures over the chosen prompts."""
     images, real = rows["images"][chosen], rows["real"][chosen]
@@ -243,13 +249,16 @@ def spread(images):
     return float((clipped - clipped.mean(0)).square().mean().sqrt())
 
 
-def diversity(pipeline, steps, guidance, seed=1, **options):
-    """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings."""
+def diversity(pipeline, steps, guidance, seed=0, **options):
+    """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings.
+
+    The noise is that of the seeds from seed + 1 on, and the drawings are those of seed + 1.
+    """
     ratios = []
     for prompt in OPEN_PROMPTS:
         prompts = [prompt] * DIVERSITY_SEEDS
-        images = sample_images(pipeline, prompts, steps, guidance, seed, **options)
-        ratios.append(spread(images) / spread(drawings(prompts, seed)))
+        images = sample_images(pipeline, prompts, steps, guidance, seed + 1, **options)
+        ratios.append(spread(images) / spread(drawings(prompts, seed + 1)))
     return float(np.mean(ratios))
 
 
@@ -271,7 +280,7 @@ def arguments():
                         help="one or several checkpoint folders (default: the bundled ones)")
     parser.add_argument("--steps", type=number(1, 1000, int), nargs="+", metavar="N",
                         help="one or several numbers of steps (default: the checkpoint's)")
-    parser.add_argument("--guidance", type=number(-100, 100), nargs="+", metavar="G",
+    parser.add_argument("--guidance", type=number(0, 100), nargs="+", metavar="G",
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
     parser.add_argument("--guidance-every", type=number(1, 1000, int), default=1, metavar="K",
                         help="compute v - v_negative in every K-th step only (default: 1)")
@@ -311,10 +320,10 @@ def print_rows(name, row):
 
 
 def without_nan(value):
-    """nan is no JSON: null takes its place."""
+    """nan and inf are no JSON: null takes their place."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_json(path, rows):
@@ -354,7 +363,7 @@ def main():
         row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed,
                "weights": args.weights, **options}
         row |= score(images, prompts, real)
-        row["diversity"] = diversity(pipeline, steps, guidance, **options)
+        row["diversity"] = diversity(pipeline, steps, guidance, args.seed, **options)
         print_rows(f"{os.path.relpath(model)}, {steps} steps, guidance {guidance:g}", row)
         rows.append(row)
     if args.json:

@@ -10,6 +10,7 @@ Each student is scored by evaluate.py's functions on held-out prompts, at one or
 steps. --out/results.jsonl has a line for each variant, seed and number of steps. The table has the
 mean over seeds, and in brackets half the distance between the lowest and the highest seed. "Best"
 is the best of all checkpoints (--sample-every), each scored on a part of the prompts (--watch).
+The exit code is 1 if a run has failed. Ctrl-C or SIGTERM keeps the runs that have ended.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import shutil
 import signal
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context, resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
@@ -39,8 +41,10 @@ import evaluate  # noqa: E402
 import sampler  # noqa: E402
 import scale  # noqa: E402
 import shields  # noqa: E402
-from convert_weights import Parser, UserError, number, run_command  # noqa: E402
+from convert_weights import Parser, UserError, number, open_model, run_command  # noqa: E402
 from distill import cfg_augmentation, data_estimate, no_dm, renoise, time_schedule  # noqa: E402
+from files import write_whole  # noqa: E402
+from formats import fingerprint, located  # noqa: E402
 
 # --- What a variant changes beside options: (pipeline, args) -> arguments of distill.train ------
 
@@ -192,6 +196,55 @@ COLUMNS = {"joint": "joint", "best": "best", "best_at": "best at", "open": "open
 # --- One run ------------------------------------------------------------------------------------
 
 
+def run_arguments(name, options):
+    """The options of distill.py for a variant, completed as distill.main does -> a namespace."""
+    own, _ = VARIANTS[name]
+    args = distill.parse_arguments(["--steps", "2", "--sample-every", "50", *options, *own])
+    args.teacher = str(located(args.teacher or distill.BUNDLED / "teacher"))
+    args.prompts = args.prompts or str(distill.BUNDLED / "prompts.txt")
+    args.device = sampler.find_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+    return args
+
+
+# Options of distill.py that a sweep has its own way for.
+REFUSED = {"--seed": "--seeds has the seeds", "--size": "cards have one size",
+           "--resume": "a sweep goes on where it stopped", "--overwrite": "name another --out"}
+
+
+def check(job, options):
+    """UserError now, and not in each run, where a run of a chosen variant would be refused."""
+    for option in [word.partition("=")[0] for word in options]:
+        if option in REFUSED:
+            raise UserError(f"{option} is not for a sweep: {REFUSED[option]}")
+    if not sampler.read_prompts(job.held_out):
+        raise UserError(f"--held-out: there is no prompt in {job.held_out}")
+    runs = [run_arguments(name, options) for name in job.only or VARIANTS]
+    scale.PromptFile(runs[0].prompts)
+    teacher = open_model(runs[0].teacher)
+    for args in runs:
+        distill.make_settings(args, argparse.Namespace(**teacher.settings))
+        if args.accumulate > args.batch_size:
+            raise UserError(f"--accumulate {args.accumulate} is more parts than --batch-size "
+                            f"{args.batch_size} has images")
+        if (args.lora or 0) > teacher.networks["dit"].config.dim:
+            raise UserError(f"--lora {args.lora}: the rank of this teacher's weights is at most "
+                            f"{teacher.networks['dit'].config.dim}")
+
+
+def scoring(job):
+    """What scores depend on. Those of other prompts or numbers are not averaged with them."""
+    return {"held_out": fingerprint(job.held_out), "count": job.count, "watch": job.watch,
+            "score_steps": job.score_steps}
+
+
+def on_device(student):
+    """The student with all networks on its device. distill.py leaves some of them on the CPU."""
+    student.dit.to(student.device)
+    student.text_encoder.to(student.device)
+    return student
+
+
 def joint_accuracy(student, prompts, steps):
     """Share of the prompts whose picture shows all that they name."""
     images = evaluate.sample_images(student, prompts, steps, 0.0)
@@ -208,23 +261,20 @@ def run_variant(name, seed, options, job):
     folder = Path(job.out) / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)                 # of a run that was cut off
     folder.mkdir(parents=True)
-    own, changes = VARIANTS[name]
-    args = distill.parse_arguments(
-        ["--steps", "2", "--sample-every", "50", *options, *own, "--seed", str(seed),
-         "--out", str(folder)])
-    device = sampler.find_device(args.device)
-    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipeline = sampler.load_pipeline(args.teacher or distill.BUNDLED / "teacher", device)
-    settings = distill.make_settings(args, pipeline)
-    prompts = scale.PromptFile(args.prompts or distill.BUNDLED / "prompts.txt")
+    args, (_, changes) = run_arguments(name, options), VARIANTS[name]
+    args.seed, args.out = seed, str(folder)
+    dtype = getattr(torch, args.dtype if args.lora else "float32")
+    pipeline = sampler.load_pipeline(args.teacher, args.device, dtype)
+    settings, prompts = distill.make_settings(args, pipeline), scale.PromptFile(args.prompts)
     held_out = sampler.read_prompts(job.held_out)[:job.count]
     checkpoints = {}
 
     def watch(iteration, student):
-        checkpoints[iteration] = joint_accuracy(student, held_out[:job.watch], args.steps[0])
+        checkpoints[iteration] = joint_accuracy(
+            on_device(student), held_out[:job.watch], args.steps[0])
 
-    student = distill.train(pipeline, prompts, settings, args, callback=watch,
-                            **changes(pipeline, args))
+    run = distill.Run(pipeline, prompts, settings, args, **changes(pipeline, args))
+    student = on_device(distill.train(run, watch))
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     adapters, whole = folder / "lora.safetensors", folder / "student" / "dit.safetensors"
     best_at = max(checkpoints, key=checkpoints.get)
@@ -238,7 +288,7 @@ def run_variant(name, seed, options, job):
         row = evaluate.score(images, held_out, real, workers=1)
         row |= {"latent_std": float(latents.std()), **about}
         results.append({"variant": name, "seed": seed, "steps": steps, "options": options,
-                        "log": json.loads(log[-1]), "score": row})
+                        "scoring": scoring(job), "log": json.loads(log[-1]), "score": row})
     for part in () if job.keep else ("checkpoints", "student"):
         shutil.rmtree(folder / part, ignore_errors=True)      # large, and no longer needed
     return results
@@ -248,15 +298,114 @@ def run_variant(name, seed, options, job):
 
 
 def read_results(path):
+    """The lines of results.jsonl. Half a line, of a process that was killed, has no newline."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        results = [json.loads(line) for line in lines if line.endswith("\n")]
+        good = all({"variant", "seed", "steps", "score"} <= result.keys() for result in results)
+    except (ValueError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path} is damaged: remove the lines that are no results of a run")
+    return results
 
 
-def figure(score, name):
-    """A figure of a score; of a group of prompts its joint accuracy."""
-    value = score.get(name)
-    return value.get("joint") if isinstance(value, dict) else value
+STOP = signal.SIGINT, signal.SIGTERM
+
+
+def interrupt(*_):
+    """A signal ends the sweep. A second one does not keep it from ending its processes."""
+    for caught in STOP:
+        signal.signal(caught, lambda *_: None)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_blocked():
+    """A process that starts in it sees no Ctrl-C and no SIGTERM: the sweep ends it."""
+    if not hasattr(signal, "pthread_sigmask"):            # Windows
+        yield
+        return
+    resource_tracker.ensure_running()                     # its start would let them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def report(sender, *job):
+    """In a process of its own: sends the results of a run, or why there are none."""
+    try:
+        sender.send(run_variant(*job))
+    except UserError as error:
+        sender.send(str(error))
+    except Exception as error:    # one run that fails must not end the others
+        sender.send(repr(error))
+
+
+def outcome(receiver, process):
+    """What a process that comes to its end has sent."""
+    try:
+        return receiver.recv()
+    except (EOFError, OSError):                           # the system has killed it
+        process.join()
+        return (f"its process has ended with exit code {process.exitcode}; where memory is short, "
+                "give fewer --workers")
+    finally:
+        process.join()
+
+
+def run_all(jobs, workers):
+    """Yields (job, its results or why there are none) when a run ends; `workers` are side by side.
+
+    Each run has a process of its own, so one that the system kills ends no other.
+    """
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job, (receiver, sender) = waiting.pop(0), Pipe(duplex=False)
+                process = get_context("spawn").Process(target=report, args=(sender, *job))
+                with signals_blocked():
+                    process.start()
+                    running[receiver] = job, process
+                sender.close()
+            for receiver in wait(running):
+                job, process = running.pop(receiver)
+                yield job, outcome(receiver, process)
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def run_missing(args, options, path):
+    """Runs what results.jsonl lacks, and adds it -> the number of runs that failed."""
+    check(args, options)
+    results, failed = read_results(path), 0
+    for r in results:
+        if (r.get("options"), r.get("scoring")) != (options, scoring(args)):
+            raise UserError(f"{path} holds runs with other options, or scored with another "
+                            "--held-out, --count, --watch or --score-steps: name another --out")
+    text = "".join(json.dumps(result) + "\n" for result in results)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))    # no half line
+    done = {(r["variant"], r["seed"]) for r in results}
+    jobs = [(name, seed, options, args) for seed in args.seeds for name in args.only or VARIANTS
+            if (name, seed) not in done]
+    for caught in STOP:
+        signal.signal(caught, interrupt)
+    with closing(run_all(jobs, args.workers)) as runs:
+        for (name, seed, *_), found in runs:
+            if isinstance(found, str):
+                print(f"error: {name}, seed {seed}: {found}", file=sys.stderr)
+                failed += 1
+                continue
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(result) + "\n" for result in found))
+    return failed
 
 
 def table(results):
@@ -269,7 +418,7 @@ def table(results):
             same = [r["score"] for r in rows if r["steps"] == steps]
             cells = []
             for column in COLUMNS:
-                values = [v for score in same if (v := figure(score, column)) is not None]
+                values = [v for score in same if (v := evaluate.figure(score, column)) is not None]
                 if not values:
                     cells.append("")
                     continue
@@ -311,27 +460,12 @@ def main():
     if args.list:
         print("\n".join(f"{name:34} {' '.join(own)}" for name, (own, _) in VARIANTS.items()))
         return
-    results = read_results(path)
-    if not args.table:
-        if any(r["options"] != options for r in results):
-            raise UserError(f"{path} holds runs with other options: name another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = {(r["variant"], r["seed"]) for r in results}
-        jobs = [(name, seed) for seed in args.seeds for name in args.only or VARIANTS
-                if (name, seed) not in done]
-        with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
-            runs = {pool.submit(run_variant, *job, options, args): job for job in jobs}
-            for run in as_completed(runs):
-                try:
-                    lines = "".join(json.dumps(result) + "\n" for result in run.result())
-                except Exception as error:    # one run that fails must not end the others
-                    print(f"{runs[run]} failed: {error!r}", file=sys.stderr)
-                    continue
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(lines)
+    failed = 0 if args.table else run_missing(args, options, path)
     text = table(read_results(path))
     (path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

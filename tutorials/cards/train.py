@@ -18,25 +18,27 @@ A stage lasts a given time. Its learning rate follows the clock, so that the sta
 near zero on fast and slow machines alike. Stages and checkpoints are kept in --out: the same
 command again goes on where a run was stopped. Every step draws its data and noise from a generator
 seeded by (seed, step), so a stopped run that goes on is the same run, unless its loss has risen
-(Guard). Ctrl-C or SIGTERM saves and exports first. `--out`/teacher is the model so far, log.jsonl
-the log, samples_*.png pictures for unseen prompts.
+(Guard). Ctrl-C or SIGTERM saves and exports first what was trained. `--out`/teacher is the model so
+far, log.jsonl the log, samples_*.png pictures for unseen prompts.
 """
 
 import copy
-import glob
 import itertools
 import json
 import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import time
 import warnings
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # see sampler.py
@@ -63,7 +65,7 @@ from convert_weights import (  # noqa: E402
     run_command,
     save_pipeline,
 )
-from files import write_whole  # noqa: E402
+from files import alone_in, write_whole  # noqa: E402
 from model import (  # noqa: E402
     VAE,
     Context,
@@ -75,7 +77,7 @@ from model import (  # noqa: E402
     VAEConfig,
     joint_positions,
 )
-from scale import blocks_of  # noqa: E402
+from scale import FILE_FAULTS, blocks_of  # noqa: E402
 
 # RMSNorm multiplies in float32 under autocast, on purpose.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -555,11 +557,12 @@ def image_batch(pictures, count, cropped, generator):
 def finished_vae(run):
     """The VAE in vae.pt if it is complete, else None."""
     path = os.path.join(run.out, "vae.pt")
-    saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
-    if "scale_shift" not in saved:
-        return None
-    vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
-    vae.load_state_dict(saved["vae"])
+    with reading(path):
+        saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+        if "scale_shift" not in saved:
+            return None
+        vae = VAE(vae_config(*saved["scale_shift"])).to(run.device)
+        vae.load_state_dict(saved["vae"])
     return vae.eval().requires_grad_(False)
 
 
@@ -637,17 +640,19 @@ class Cards(NamedTuple):
     lengths: torch.Tensor    # (N, K)
 
 
-def cards_file(folder, recipe):
-    """Where the latents are kept: other drawings, or another world, are another file."""
-    world = zlib.crc32(repr((data.WORLD, data.vocabulary())).encode())
+def cards_file(folder, recipe, vae):
+    """Where the latents are kept: other drawings, another world or VAE are another file."""
+    code = zlib.crc32(repr((data.WORLD, data.vocabulary(), vae.config)).encode())
+    for weight in vae.state_dict().values():
+        code = zlib.crc32(weight.cpu().numpy(), code)
     return os.path.join(
-        folder, f"cards-{recipe.seed}-{recipe.drawings}x{recipe.captions}-{world:08x}.pt")
+        folder, f"cards-{recipe.seed}-{recipe.drawings}x{recipe.captions}-{code:08x}.pt")
 
 
 @torch.no_grad()
 def encode_cards(recipe, run, vae, drawings):
     """Latents of all drawings, computed once and kept in a file."""
-    path = cards_file(run.out, recipe)
+    path = cards_file(run.out, recipe, vae)
     if run.rank == 0 and not os.path.exists(path):
         torch.set_num_threads(run.workers)                       # the others wait
         latents = []
@@ -660,7 +665,8 @@ def encode_cards(recipe, run, vae, drawings):
         write_whole(path, lambda part: torch.save(cards, part))
         torch.set_num_threads(1)
     agree(0.0)                                                   # until the file is there
-    cards = Cards(*torch.load(path, mmap=True))
+    with reading(path):
+        cards = Cards(*torch.load(path, mmap=True))
     return cards if run.device.type == "cpu" else Cards(*(x.to(run.device) for x in cards))
 
 
@@ -695,7 +701,12 @@ def report(run, model):
 def shared(shape, dtype):
     """An array that this process shares with the processes that are forked from it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+    try:
+        memory = mmap.mmap(-1, size)
+    except (OSError, OverflowError):
+        raise UserError(f"--set drawings or captions: {size / 1e9:.0f} GB for {shape[0]} drawings "
+                        "are more than this machine has") from None
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def token_ids(tokenizer, caption):
@@ -756,12 +767,16 @@ class Drawings:
             self.lengths[i, k] = len(ids)
 
     def wait(self, count):
-        """Until the first `count` cards are drawn."""
+        """Until the first `count` cards are drawn. KeyboardInterrupt if the run is to stop."""
         chunks = self.done[:math.ceil(count / self.CHUNK)]
-        while not chunks.all():
-            if any(process.exitcode for process in self.processes):
+        while not stopping():
+            if chunks.all():
+                return
+            failed = any(process.exitcode for process in self.processes)
+            if failed and not stopping():                        # the signal may have ended it
                 raise RuntimeError("a process that draws cards has failed")
             time.sleep(0.05)
+        raise KeyboardInterrupt                                  # what was trained is saved
 
 
 def as_images(pictures):
@@ -923,10 +938,11 @@ class Stage:
         self.parts = parts                                       # modules and optimizers
         self.step, seconds = 0, 0.0
         if os.path.exists(self.path):
-            saved = torch.load(self.path, map_location=run.device)
-            self.step, seconds = saved["step"], saved["seconds"]
-            for part, module in parts.items():
-                module.load_state_dict(saved[part])
+            with reading(self.path):
+                saved = torch.load(self.path, map_location=run.device)
+                self.step, seconds = saved["step"], saved["seconds"]
+                for part, module in parts.items():
+                    module.load_state_dict(saved[part])
         self.began = time.monotonic() - seconds
         self.saved_at = seconds
         self.complete = False
@@ -960,13 +976,24 @@ def log(run, **values):
     """One line of JSON to the terminal and to log.jsonl."""
     if run.rank:
         return
-    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+    values = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
+    line = json.dumps(evaluate.without_nan(values))
     print(line, flush=True)
     with open(os.path.join(run.out, "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 # --- Small things -------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(path):
+    """UserError where a file of a run is damaged, or does not fit the run that goes on."""
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError, *FILE_FAULTS):
+        raise UserError(f"{path} is damaged, or of a run with other numbers (--set): remove it, "
+                        "or name another --out") from None
 
 
 def save_grid(path, images, columns=8):
@@ -1006,6 +1033,12 @@ def work(recipe, run, drawings, meeting):
     if run.workers > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def assist(*arguments):
+    """work, of the other workers. What is wrong is said by rank 0 alone."""
+    with suppress(UserError):
+        work(*arguments)
 
 
 def arguments():
@@ -1051,13 +1084,17 @@ def recipe_from(args):
 MAY_BE_ZERO = {"seed", "steps", "vae_steps", "vae_crops", "kl_weight", "decay_from",
                "caption_drop", "word_time", "guidance", "time_mean", "report_prompts",
                "bundled_vae", "compile", "record"}
+# The largest values, where that is not 1e9: of shares, and of what a checkpoint may say.
+LARGEST = {**dict.fromkeys(("vae_crops", "ema", "caption_drop", "word_time"), 1), "shift": 1e3,
+           "guidance": 1e3, "sample_steps": 10_000}
 
 
 def check_numbers(recipe):
     for name, value in vars(recipe).items():
         good = value > 0 or name == "time_mean" or (value == 0 and name in MAY_BE_ZERO)
-        if not good or value > 1e9:
+        if not good or value > LARGEST.get(name, 1e9):
             raise UserError(f"--set {name}={value}: it is out of range")
+    sampler.time_schedule(recipe.sample_steps, recipe.shift)       # UserError if there is none
     if recipe.dim % 32 or recipe.decay_from >= 1:
         raise UserError("--set: dim should be a multiple of 32, and decay_from below 1")
 
@@ -1100,10 +1137,16 @@ def check(args, recipe):
             raise UserError(f"--{name.replace('_', '-')} should be above 0")
     check_numbers(recipe)
     check_start(args, recipe)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {args.out}: {error.strerror}") from None
+    if os.path.isdir(args.out) and os.listdir(args.out) and not is_run(args.out):
+        raise UserError(f"--out {args.out} is not empty, and no run of train.py: name a new folder")
+
+
+def is_run(folder):
+    """Whether log.jsonl begins as that of a run of this script."""
+    path = os.path.join(folder, "log.jsonl")
+    with suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
+        return json.loads(file.readline()).get("stage") == "start"
+    return False
 
 
 def main():
@@ -1113,18 +1156,20 @@ def main():
     torch.set_num_threads(1)
     sampler.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
+    tokenizer = data.build_tokenizer()
+    drawings = Drawings(recipe, tokenizer)
     listen()
+    with alone_in(Path(args.out)):
+        train(args, recipe, tokenizer, drawings)
+
+
+def train(args, recipe, tokenizer, drawings):
+    """All stages, by args.workers processes."""
     run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after, args.start)
     log(run, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
-    tokenizer = data.build_tokenizer()
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
-    drawings = Drawings(recipe, tokenizer)
-    has_vae = recipe.bundled_vae or finished_vae(run) is not None
-    encoded = cards_file(args.out, recipe)
-    if not has_vae:
-        for old in glob.glob(os.path.join(glob.escape(args.out), "cards-*.pt")):
-            os.remove(old)                                       # latents of another VAE
-    if not os.path.exists(encoded):
+    vae = bundled_vae() if recipe.bundled_vae else finished_vae(run)
+    if vae is None or not os.path.exists(cards_file(args.out, recipe, vae)):
         on_gpu = args.device == "cuda"
         drawings.start(max(os.cpu_count() - 2, 1) if on_gpu else args.workers)
         if not on_gpu:
@@ -1132,13 +1177,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rest = drawings, os.path.join(folder, "meeting")
         others = [multiprocessing.get_context("fork").Process(
-            target=work, args=(recipe, run._replace(rank=rank), *rest), daemon=True)
+            target=assist, args=(recipe, run._replace(rank=rank), *rest), daemon=True)
             for rank in range(1, args.workers)]
         for process in others:
             process.start()
-        work(recipe, run, *rest)
-        for process in others:
-            process.join()
+        try:
+            work(recipe, run, *rest)
+            for process in others:
+                process.join()
+        finally:
+            for process in others:
+                process.kill()         # they ignore SIGTERM, and would wait for this one
 
 
 if __name__ == "__main__":
