@@ -125,7 +125,8 @@ def main():
         place = newest(killed)
         print(f"kill {kills}: newest checkpoint {place.name if place else 'none'}"
               + "".join(f"; FAULT: {fault}" for fault in found), flush=True)
-        words = command(killed, "--resume") if place else [*words, "--overwrite"]
+        if (killed / "config.json").exists():
+            words = command(killed, "--resume")
         if place and place.name == f"{args.iterations:08d}":
             shutil.rmtree(killed)             # finished: once more from the start
             words = command(killed, *options(prompts, args.iterations))
