@@ -6,7 +6,7 @@
 
 The bundled teacher learned a smaller world for 300 minutes on two CPU cores, and then on a GPU in
 three runs of minutes, each from the weights of the one before (--start): results.md has them. How
-far the second command above comes from nothing has not been measured.
+far the two commands above come from nothing, in today's world, has not been measured.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
