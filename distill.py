@@ -313,11 +313,11 @@ class Run:
         self.fake_floor = scale.mean_loss(
             partial(self.nets.fake_loss, self.nets.teacher), reference, self.shown, all_times)
         self.progress = scale.Progress()
-        if not args.overwrite:
+        if not args.overwrite:                 # begin_run will remove the old checkpoints
             self.progress = scale.load_checkpoint(self.out, self.tensors(), self.processes)
         if self.progress.done > args.iterations:
             raise UserError(f"--iterations {args.iterations}: the run in {args.out} has done "
-                            f"{self.progress.done} already")
+                            f"{self.progress.done} already; give at least so many")
 
     def encode(self, items):
         return encode_prompts(self.pipeline, [self.prompts[i] for i in items])
@@ -395,7 +395,8 @@ class Run:
     def averaged_student(self):
         """The averaged student as a Pipeline. All processes have to call this.
 
-        Its DiT is on the CPU if it had to be put together, and None on all processes but the first.
+        With adapters or shards its DiT is a copy on the CPU, and None on all processes but the
+        first. Otherwise it is the network that training goes on with.
         """
         steps = self.args.steps
         return replace(self.pipeline, dit=self.learners.plain(), shift=self.settings.shift,
@@ -441,7 +442,7 @@ class Run:
             line[name] = sum(metrics[name] for metrics in p.recent) / len(p.recent)
         if p.recent:
             line["std_ratio"] = line["x_std"] / self.reference_std
-        if line.get("ca_rms"):
+        if line.get("ca_rms"):                 # 0 where --alpha is 1
             line["dm_over_ca"] = line["dm_rms"] / line["ca_rms"]
         line |= {"skipped": p.skipped, "seconds": p.seconds, "fake_floor": self.fake_floor,
                  "fake_lr": self.args.fake_lr, "lr": learning_rate(p.done - 1, self.args)}
@@ -470,10 +471,11 @@ def learning_rate(i, args):
 
 
 def train(run, callback=None):
-    """Distils -> the student as a Pipeline, with the running average of its weights.
+    """Distils, from where the Run stands to args.iterations, and saves on the way.
 
-    It goes on from where the Run stands. SIGINT and SIGTERM save a checkpoint and end the process,
-    with exit codes 130 and 0. callback(iteration, student): at checkpoints.
+    SIGINT and SIGTERM save a checkpoint and end the process, with exit codes 130 and 0.
+    callback(iteration, student): after each checkpoint; its time is not counted. The student is
+    Run.averaged_student().
     """
     args, p, began = run.args, run.progress, time.perf_counter() - run.progress.seconds
     missing = range(p.done, args.iterations)
@@ -507,8 +509,6 @@ def train(run, callback=None):
             run.end_if_asked(stop.number)
         if not missing:                        # the run had ended; its student may be gone
             run.save_student()
-            run.save_checkpoint()
-    return run.averaged_student()
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -668,7 +668,8 @@ def main():
     settings = make_settings(args, pipeline)
     config = {"made_by": "distill.py", "torch": torch.__version__,
               "fingerprints": fingerprints(args), "arguments": scale.as_arguments(args)}
-    # Until there is something to save. What is half-written is removed on the way.
+    # Before training there is nothing to save: SIGTERM only ends the process. It ends by an
+    # exception, so temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with processes.end_together(), scale.folder_of_run(args, config, processes):
         run = Run(pipeline, prompts, settings, args)

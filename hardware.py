@@ -55,10 +55,10 @@ def multiplies_float8(device):
         return False
 
 
-# A compiler calls it once instead of looking into it.
+# torch.compile calls it once and takes the answer as a constant.
 @torch.compiler.assume_constant_result
 def has_products(dtype, device):
-    """True if the device multiplies matrices of float8 or int8."""
+    """True if the device multiplies matrices of this dtype, float8 or int8."""
     if device.type == "cuda":
         if dtype == torch.int8:               # NVIDIA from Ampere on
             return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -67,22 +67,24 @@ def has_products(dtype, device):
 
 
 def choose_numbers(model, device, dtype, weights):
-    """What a model is computed in -> dtype, weights, the formats that stay as they are stored.
+    """Chooses dtype and weights -> dtype, weights, the formats that stay as they are stored.
 
-    dtype, weights: of the command line, None where it does not say. Beside int8 weights a CPU takes
-    bfloat16 if it has such products. If it has no int8 products, bfloat16 takes their place.
-    The results, given again, give themselves: so `--like` repeats a picture.
+    dtype, weights: from the command line, or None. With int8 weights a CPU takes bfloat16 if it
+    multiplies bfloat16; if it does not multiply int8, bfloat16 also replaces the int8 weights.
+    `--like` passes the dtype and weights that a picture has recorded: they must be chosen again.
+    UserError: fp8 on Apple's GPUs.
     """
     if weights == "fp8" and device.type == "mps":
         raise UserError("--weights fp8: Apple's GPUs have no float8; take --weights int8")
     pieces = [network.pieces.values() for network in model.networks.values()]
     is_stored = any(layer_format(piece.stored) == "int8" for piece in itertools.chain(*pieces))
     is_int8, keep = is_stored or weights == "int8", {weights, "int8"} - {None}
-    is_fast = device.type != "cpu" or (is_int8 and CPU_HAS_BFLOAT16)
-    chosen = dtype or ("bfloat16" if is_fast else "float32")
+    takes_bfloat16 = device.type != "cpu" or (is_int8 and CPU_HAS_BFLOAT16)
+    chosen = dtype or ("bfloat16" if takes_bfloat16 else "float32")
     if is_int8 and not has_products(torch.int8, device):
-        is_free = dtype is None or (dtype == "bfloat16" and weights != "int8")
-        if device.type == "cpu" and CPU_HAS_BFLOAT16 and is_free:
+        # bfloat16 without --weights int8 is also what a picture records after a replacement.
+        may_replace = dtype is None or (dtype == "bfloat16" and weights != "int8")
+        if device.type == "cpu" and CPU_HAS_BFLOAT16 and may_replace:
             warnings.warn("this device has no int8 products: bfloat16 is used instead",
                           stacklevel=2)
             return chosen, None if weights == "int8" else weights, keep - {"int8"}
@@ -143,7 +145,8 @@ def bind(linear, weight, scale, group=0):
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.float().reshape(-1, 1).expand(linear.out_features, 1).contiguous()
     linear.register_buffer("scale", scale)
-    # A tensor of its own on the shared numbers: offloading replaces the data of a layer's tensors.
+    # hadamard() gives one tensor for all layers. detach() makes a tensor object for this layer,
+    # with the same memory, because offloading replaces the .data of a layer's tensors.
     rotation = hadamard(group, weight.device).detach() if group else None
     linear.register_buffer("rotation", rotation, persistent=False)
     linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
@@ -236,6 +239,7 @@ ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTE
 
 
 def attend_by(kernel, attend, q, k, v, **options):
+    """`attend` with one of PyTorch's kernels. RuntimeError where that kernel does not run."""
     with sdpa_kernel(kernel):
         return attend(q, k, v, **options)
 
@@ -412,7 +416,11 @@ def split_tokens(dit):
 
 
 def place(pipeline, offload=None, in_parallel=False, compiles=False):
-    """Puts the networks where they compute, then compiles the DiT if that is asked for."""
+    """Moves the networks to where they compute.
+
+    offload: None, "networks" or "blocks". in_parallel: all processes of torchrun compute each image
+    together. compiles: torch.compile for the DiT.
+    """
     networks, device = (pipeline.text_encoder, pipeline.dit, pipeline.vae), pipeline.device
     if offload == "blocks":
         stream_blocks(pipeline)
@@ -589,7 +597,7 @@ def advise_on_errors(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # The words of a CPU, and of CUDA; a compiler's error may quote them.
+        # PyTorch's messages on a CPU and on CUDA. First, because a compiler's error may quote them.
         if re.search("No viable backend for scaled_dot|No available kernel", str(error)):
             raise UserError("--attention: this kernel does not run here; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

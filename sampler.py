@@ -231,7 +231,10 @@ def check_size(pipeline, height=None, width=None):
 
 
 def check_request(pipeline, prompts, noise, size, output, guidance_every=1, **_):
-    """UserError where `generate` cannot do what its arguments ask for."""
+    """UserError for no prompt, an unknown output, guidance_every below 1, noise of a wrong shape.
+
+    size: (height, width) of the picture. noise: (B, C, h, w), or None.
+    """
     latent_size = [side // pipeline.vae.config.downsampling for side in size]
     shape = len(prompts), pipeline.dit.config.in_channels, *latent_size
     given = shape if noise is None else tuple(noise.shape)
@@ -449,7 +452,8 @@ def parse_arguments(arguments=None):
             raise UserError("--size says both sides: leave out --height and --width")
         args.width, args.height = args.size
     recorded = read_recorded(parser, args) if args.like else {}
-    as_asked = {"upscale": "none"} if args.width or args.height else {}  # a size is kept
+    # Who gives a size wants a picture of that size.
+    as_asked = {"upscale": "none"} if args.width or args.height else {}
     for name, value in {**DEFAULTS, **recorded, **as_asked}.items():
         if getattr(args, name) in (None, []):
             setattr(args, name, value)
@@ -505,7 +509,7 @@ def read_recorded(parser, args):
                 known[name] = [(find_file(args.like, name, file, mark), float(strength))
                                for file, mark, strength in files]
             else:
-                (file, mark), = files
+                [(file, mark)] = files
                 known[name] = find_file(args.like, name, file, mark)
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None

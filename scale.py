@@ -174,7 +174,8 @@ class Processes:
         if self.count > 1 and device.type == "cuda":
             torch.cuda.set_device(device)     # fully_shard and nccl take the current device
         if self.count > 1 and not dist.is_initialized():
-            # The others wait while one encodes prompts that are missing in a cache.
+            # The default is minutes. A process may wait longer: until the others have encoded
+            # their prompts, or until the first one has written the student.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=timedelta(hours=2))
 
@@ -344,7 +345,7 @@ def interpolate(weights, targets, fraction):
 class PromptFile:
     """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large.
 
-    UserError if the file is another one later.
+    Reading a prompt is a UserError if the file was changed or removed since then.
     """
 
     def __init__(self, path):
@@ -381,13 +382,14 @@ class PromptFile:
 
 
 def encoder_key(pipeline):
-    """A hash of tokenizer and text encoder: of at most 4,096 numbers of each weight, and its dtype.
+    """A hash of the tokenizer and of the text encoder: names, shapes, dtypes, some numbers.
 
-    Other weights are noticed; a single changed number may not be.
+    At most 4,096 evenly spaced numbers of each weight are hashed, so that it takes a moment.
+    Another encoder gives another hash; if a single number differs, the hash may be the same.
     """
     digest = hashlib.sha256(pipeline.tokenizer.to_str().encode())
     for name, w in pipeline.text_encoder.state_dict().items():
-        some = w.flatten()[::-(-w.numel() // 4096)]
+        some = w.flatten()[::math.ceil(w.numel() / 4096)]
         digest.update(f"{name} {tuple(w.shape)} {w.dtype} {some.tolist()}".encode())
     return digest.hexdigest()[:16]
 
@@ -482,7 +484,8 @@ def checkpoints(folder):
 def save_checkpoint(folder, tensors, progress, keep, processes):
     """Tensors in safetensors files, Progress in JSON: nothing in them is ever unpickled.
 
-    Written beside its place and renamed; the newest `keep` stay. All processes have to call this.
+    Written beside its place and renamed; the newest `keep` stay. A checkpoint of this iteration
+    that is there already stays, too. All processes have to call this.
     """
     first = processes.rank == 0
     target = folder / f"{progress.warmed + progress.done:08d}"
@@ -530,13 +533,15 @@ def load_checkpoint(out, tensors, processes):
             with without_log():
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folders[-1])))
             progress = read_progress(folders[-1] / "progress.json")
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = log.read_text(encoding="utf-8") if log.exists() else ""
+            lines = text.splitlines(keepends=True)
         # A killed process can leave half a line: it does not end in a newline.
         lines = [line for line in lines if line.endswith("\n")
                  and json.loads(line)["iteration"] <= progress.done]
     except FILE_FAULTS as error:
-        raise UserError(f"{folders[-1]}, or log.jsonl, is damaged ({first_line(error)}); "
-                        "remove it to go on from the checkpoint before it") from None
+        raise UserError(f"{folders[-1]} or {log} is damaged ({first_line(error)}); remove the "
+                        "damaged one: without this checkpoint the run goes on from the one before, "
+                        "without the log it begins a new log") from None
     if processes.rank == 0 and log.exists():
         write_whole(log, lambda part: part.write_text("".join(lines)))
     return progress
@@ -602,13 +607,15 @@ OLD_FILES = "lora.safetensors", "log.jsonl", "config.json"
 def check_folder(args):
     """UserError where args.out cannot be the folder of a run with these options."""
     out = Path(args.out)
-    removed = [(out / name).resolve() for name in (*OLD_FOLDERS, *OLD_FILES) if args.overwrite]
+    names = (*OLD_FOLDERS, *OLD_FILES) if args.overwrite else ()
+    removed = [(out / name).resolve() for name in names]
     for name in ("teacher", "prompts", "cache_features"):
         place = Path(getattr(args, name) or os.devnull).resolve()
-        would_be_removed = any(old in (place, *place.parents) for old in removed)
-        if would_be_removed or (name == "teacher" and place in out.resolve().parents):
-            raise UserError(f"--out {out} and --{name.replace('_', '-')} {place} lie in one "
-                            "another: take another --out")
+        option = f"--{name.replace('_', '-')} {place}"
+        if any(old in (place, *place.parents) for old in removed):
+            raise UserError(f"--overwrite would remove {option}: take another --out")
+        if name == "teacher" and place in out.resolve().parents:
+            raise UserError(f"--out {out} lies in {option}: take another --out")
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         if read_run(out) is None:
             raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")
@@ -618,14 +625,17 @@ def check_folder(args):
 
 
 def write_config(out, config):
-    """config.json says how to repeat a run, and that the folder is one."""
+    """Writes config.json: how to repeat the run. It also marks the folder as that of a run."""
     text = json.dumps(config, indent=1)
     write_whole(out / "config.json", lambda part: part.write_text(text))
 
 
 @contextmanager
 def folder_of_run(args, config, processes):
-    """A context in which args.out is this run's alone. What is in it stays as it is."""
+    """A context in which no other run can use args.out. It removes nothing.
+
+    A new folder gets a config.json. UserError: see check_folder.
+    """
     with ExitStack() as stack:
         if processes.rank == 0:
             out = Path(args.out)
@@ -638,13 +648,17 @@ def folder_of_run(args, config, processes):
 
 
 def begin_run(args, config, processes):
-    """Removes the run that was in args.out (--overwrite), when nothing can be refused any more."""
+    """Writes config.json and makes log.jsonl; with --overwrite the old run is removed first.
+
+    It is called when nothing can be refused any more: until then the old run is still whole.
+    """
     if processes.rank == 0:
         out = Path(args.out)
-        for name in OLD_FOLDERS if args.overwrite else ():
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in OLD_FILES if args.overwrite else ():
-            (out / name).unlink(missing_ok=True)
+        if args.overwrite:
+            for name in OLD_FOLDERS:
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in OLD_FILES:
+                (out / name).unlink(missing_ok=True)
         write_config(out, config)
         (out / "log.jsonl").touch()
     processes.from_first()

@@ -264,8 +264,8 @@ def hero():
 def equal_calls():
     """Teacher and student at 1, 2, 4 and 8 evaluations, in both languages, nothing picked.
 
-    Of the teacher what is right more often at that cost: without guidance, but for 8 evaluations.
-    Prints the prompts.
+    The teacher is shown in the way that is right more often at that cost: with guidance at 8
+    evaluations, without it below. Prints the prompts.
     """
     from sampler import load_pipeline
     torch.set_num_threads(1)

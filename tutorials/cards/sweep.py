@@ -46,7 +46,7 @@ from distill import cfg_augmentation, data_estimate, no_dm, renoise, time_schedu
 from files import write_whole  # noqa: E402
 from formats import fingerprint, located  # noqa: E402
 
-# --- What a variant changes beside options: (pipeline, args) -> arguments of distill.train ------
+# --- What a variant changes beside options: (pipeline, args) -> arguments of distill.Run --------
 
 
 def nothing(pipeline, args):
@@ -274,7 +274,8 @@ def run_variant(name, seed, options, job):
             on_device(student), held_out[:job.watch], args.steps[0])
 
     run = distill.Run(pipeline, prompts, settings, args, **changes(pipeline, args))
-    student = on_device(distill.train(run, watch))
+    distill.train(run, watch)
+    student = on_device(run.averaged_student())
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     adapters, whole = folder / "lora.safetensors", folder / "student" / "dit.safetensors"
     best_at = max(checkpoints, key=checkpoints.get)
@@ -316,7 +317,10 @@ STOP = signal.SIGINT, signal.SIGTERM
 
 
 def interrupt(*_):
-    """A signal ends the sweep. A second one does not keep it from ending its processes."""
+    """Handler of both signals: ends the sweep.
+
+    Later signals are ignored, so that nothing disturbs it while it ends the processes of the runs.
+    """
     for caught in STOP:
         signal.signal(caught, lambda *_: None)
     raise KeyboardInterrupt
@@ -328,7 +332,8 @@ def signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):            # Windows
         yield
         return
-    resource_tracker.ensure_running()                     # its start would let them through
+    # Python unblocks both signals when it starts this helper, so it has to run before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         yield

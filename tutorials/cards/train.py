@@ -18,8 +18,8 @@ A stage lasts a given time. Its learning rate follows the clock, so that the sta
 near zero on fast and slow machines alike. Stages and checkpoints are kept in --out: the same
 command again goes on where a run was stopped. Every step draws its data and noise from a generator
 seeded by (seed, step), so a stopped run that goes on is the same run, unless its loss has risen
-(Guard). Ctrl-C or SIGTERM saves and exports first what was trained. `--out`/teacher is the model so
-far, log.jsonl the log, samples_*.png pictures for unseen prompts.
+(Guard). Ctrl-C or SIGTERM first saves and exports what was trained so far. `--out`/teacher is the
+model so far, log.jsonl the log, samples_*.png pictures for unseen prompts.
 """
 
 import copy
@@ -767,7 +767,10 @@ class Drawings:
             self.lengths[i, k] = len(ids)
 
     def wait(self, count):
-        """Until the first `count` cards are drawn. KeyboardInterrupt if the run is to stop."""
+        """Returns when the first `count` cards are drawn.
+
+        KeyboardInterrupt if the run is asked to stop, also when all are drawn: encoding ends, too.
+        """
         chunks = self.done[:math.ceil(count / self.CHUNK)]
         while not stopping():
             if chunks.all():
@@ -776,7 +779,7 @@ class Drawings:
             if failed and not stopping():                        # the signal may have ended it
                 raise RuntimeError("a process that draws cards has failed")
             time.sleep(0.05)
-        raise KeyboardInterrupt                                  # what was trained is saved
+        raise KeyboardInterrupt              # nothing to save here: each stage has saved its own
 
 
 def as_images(pictures):
@@ -991,6 +994,8 @@ def reading(path):
     """UserError where a file of a run is damaged, or does not fit the run that goes on."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise                                 # the file is good
     except (EOFError, pickle.UnpicklingError, *FILE_FAULTS):
         raise UserError(f"{path} is damaged, or of a run with other numbers (--set): remove it, "
                         "or name another --out") from None
@@ -1036,7 +1041,7 @@ def work(recipe, run, drawings, meeting):
 
 
 def assist(*arguments):
-    """work, of the other workers. What is wrong is said by rank 0 alone."""
+    """work() in a process of rank 1 or more. It prints no UserError: rank 0 meets the same one."""
     with suppress(UserError):
         work(*arguments)
 
@@ -1084,7 +1089,7 @@ def recipe_from(args):
 MAY_BE_ZERO = {"seed", "steps", "vae_steps", "vae_crops", "kl_weight", "decay_from",
                "caption_drop", "word_time", "guidance", "time_mean", "report_prompts",
                "bundled_vae", "compile", "record"}
-# The largest values, where that is not 1e9: of shares, and of what a checkpoint may say.
+# The largest values where 1e9 is too large: 1 for shares, else what a checkpoint may hold.
 LARGEST = {**dict.fromkeys(("vae_crops", "ema", "caption_drop", "word_time"), 1), "shift": 1e3,
            "guidance": 1e3, "sample_steps": 10_000}
 
