@@ -8,7 +8,7 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import figures as fig
 import plot_run
@@ -101,11 +101,20 @@ def cards_film(folder):
     fig.save(figure, "collapse.png", palette=True, dpi=120)
     frames = []
     for moment in strips["CA alone"]:
-        pair = [np.asarray(rows[moment]) for rows in strips.values()]
+        pair = [titled(rows[moment], f"{name}, {moment} iterations")
+                for name, rows in strips.items()]
         frames.append(Image.fromarray(np.concatenate(pair)).quantize(128))
     write_whole(folder / "collapse.gif", lambda path: frames[0].save(
         path, format="GIF", save_all=True, append_images=frames[1:], loop=0,
         duration=[900] * (len(frames) - 1) + [2500]))
+
+
+def titled(strip, title, height=18):
+    """A row of pictures with a line of text above it."""
+    image = Image.new("RGB", (strip.width, strip.height + height), "white")
+    image.paste(strip, (0, height))
+    ImageDraw.Draw(image).text((4, 3), title, fill="black")
+    return image
 
 
 # --- One good run and four bad ones -------------------------------------------------------------
