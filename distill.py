@@ -18,9 +18,9 @@ there say where to push x. The push has two terms, each with its own tau and noi
 alpha is the guidance scale; the guidance of sampler.py is alpha - 1. What differs from Algorithm 1:
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-Where the paper says nothing: z_t comes from the Euler steps of sampler.py; a batch is at one step.
-Each term is divided by mean |x - x_hat(teacher, text)| of its item. The fake learns five times as
-fast, without momentum; the student's rate falls to 0; saved are averages. See cards/results.md.
+Where the paper says nothing: z_t comes from Euler steps, a batch is at one step, and each term is
+divided by mean |x - x_hat(teacher, text)| of its item. The fake learns five times as fast, without
+momentum; the student's rate falls to 0; averages are saved. Measured: tutorials/cards/results.md.
 """
 
 import json
