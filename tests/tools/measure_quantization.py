@@ -21,6 +21,7 @@ import formats
 import hardware
 import sampler
 from convert_weights import Parser, number, run_command
+from tests.tools.parity_table import distance
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tutorials" / "cards"))
@@ -41,10 +42,6 @@ def quantize(module, name):
         return hardware.quantize(copy.deepcopy(module), kind)
     finally:
         formats.rotation_group = group_of
-
-
-def relative_error(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 # --- Layers -------------------------------------------------------------------------------------
@@ -82,7 +79,7 @@ def layer_rows(tokens=320, columns=3840, rows=1024):
         expected = layer(x)
         small = [quantize(torch.nn.Sequential(layer), name)(x) for name in FORMATS]
         yield f"weights {of_weights}, inputs {of_inputs}", [
-            relative_error(y, expected) for y in small]
+            distance(y, expected) for y in small]
 
 
 # --- The bundled student ------------------------------------------------------------------------
@@ -96,7 +93,7 @@ def student_rows(count):
     text = sampler.encode_prompts(exact, prompts[:32])
     x, t = torch.randn(32, 16, 16, 16), torch.linspace(0, 0.9, 32)
     v = exact.dit(x, t, text)
-    yield "student, one call of the DiT", [relative_error(net.dit(x, t, text), v) for net in small]
+    yield "student, one call of the DiT", [distance(net.dit(x, t, text), v) for net in small]
     pictures = [evaluate.sample_images(net, prompts, 4, 0.0) for net in (exact, *small)]
     yield "student, gray levels of 255", [
         float((images - pictures[0]).abs().mean()) * 127.5 for images in pictures[1:]]

@@ -390,9 +390,9 @@ def run_all(jobs, workers):
 def run_missing(args, options, path):
     """Runs what results.jsonl lacks, and adds it -> the number of runs that failed."""
     check(args, options)
-    results, failed = read_results(path), 0
+    results, failed, wanted = read_results(path), 0, (options, scoring(args))
     for r in results:
-        if (r.get("options"), r.get("scoring")) != (options, scoring(args)):
+        if (r.get("options"), r.get("scoring")) != wanted:
             raise UserError(f"{path} holds runs with other options, or scored with another "
                             "--held-out, --count, --watch or --score-steps: name another --out")
     text = "".join(json.dumps(result) + "\n" for result in results)
