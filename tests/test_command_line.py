@@ -424,10 +424,12 @@ def test_a_very_large_picture_is_called_so(monkeypatch):
 
 
 @pytest.mark.parametrize("size, is_said", [((960, 640), False), ((4000, 10), True)])
-def test_a_picture_that_loses_much_is_said_to_be_cropped(size, is_said):
+def test_a_picture_that_loses_much_is_said_to_be_cropped(monkeypatch, size, is_said):
+    """Before the first step, which is as far as this test goes."""
+    monkeypatch.setattr(sampler, "image_to_image", Failing(UserError("far enough")))
     Image.new("RGB", size, "red").save("start.png")
-    result = draw("a cat", "--model", TINY, "--steps", 2, "--init-image", "start.png")
-    assert ("cropped" in result.stderr) == is_said
+    result = run_here(sampler.main, "a cat", "--model", TINY, "--init-image", "start.png")
+    assert "far enough" in result.stderr and ("cropped" in result.stderr) == is_said
 
 
 def test_a_picture_of_floating_point_numbers_is_refused():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import convert_weights
 import sampler
@@ -257,21 +257,18 @@ def test_a_cache_is_made_once_and_goes_on(command, tmp_path, monkeypatch):
     assert files[1].exists() and files[0].stat().st_mtime_ns == first
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "width", "nan"])
-def test_a_damaged_cache_is_one_sentence(command, tmp_path, damage):
+def test_a_damaged_cache_is_one_sentence(command, tmp_path):
     cache = tmp_path / "cache"
     assert command("--cache-features", cache).returncode == 0
     path = cache / "000000.safetensors"
-    features = load_file(path)
-    if damage in ("cut", "empty"):
-        path.write_bytes(path.read_bytes()[:100 if damage == "cut" else 0])
-    elif damage == "missing":
-        save_file({"7": features["0"]}, path)
-    else:
-        change = {"width": lambda f: f[:, :-1].contiguous(), "nan": lambda f: f * torch.nan}
-        save_file({name: change[damage](f) for name, f in features.items()}, path)
-    result = command("--cache-features", cache, "--overwrite")
-    assert refused(result, "000000.safetensors", "damaged")
+    whole, features = path.read_bytes(), load_file(path)
+    damaged = {"cut": whole[:100], "empty": b"", "missing": save({"7": features["0"]}),
+               "width": save({name: f[:, :-1].contiguous() for name, f in features.items()}),
+               "nan": save({name: f * torch.nan for name, f in features.items()})}
+    for damage, content in damaged.items():
+        path.write_bytes(content)
+        result = command("--cache-features", cache, "--overwrite")
+        assert refused(result, "000000.safetensors", "damaged"), damage
 
 
 def test_the_cache_of_other_prompts_is_refused(command, tmp_path):

@@ -437,6 +437,20 @@ def without_bfloat16(monkeypatch):
     monkeypatch.setattr(hardware, "CPU_HAS_BFLOAT16", False)
 
 
+@pytest.mark.parametrize("identifier, expected", [
+    ("Intel64 Family 6 Model 207 Stepping 2, GenuineIntel", True),
+    ("AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", False), ("", False)])
+def test_whose_processor_it_is(monkeypatch, tmp_path, identifier, expected):
+    """By the environment, as on Windows, and by the first lines of Linux's /proc/cpuinfo."""
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", identifier)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    assert hardware.is_intel() == expected
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "")
+    (tmp_path / "cpuinfo").write_text(
+        f"processor\t: 0\nvendor_id\t: {identifier.rpartition(' ')[2]}\ncpu family\t: 6\n")
+    assert hardware.is_intel() == expected
+
+
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 40, 16), (1, 4, 1200, 8)])    # heads at once; in turn
 def test_attention_as_two_products(shape, is_masked, monkeypatch):

@@ -3,6 +3,8 @@
     python -m tests.tools.benchmark                     bundled model and a mid-sized one: minutes
     python -m tests.tools.benchmark --size full         the release's sizes at 256x256: 45 GB
     python -m tests.tools.benchmark --size full --device cuda --pixels 1024
+    python -m tests.tools.benchmark --size mid wide     int8 on a CPU: "wide" is the release's
+                                                        width with few blocks
 
 The sides run alternately; figures are medians, and "ratio" is theirs over ours: above 1 we are
 faster. "Difference" is the relative L2 distance of the two results. The rows "int8" and "fp8" are
@@ -36,6 +38,8 @@ MID = {
     "vae": VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8),
 }
 FULL = {"text_encoder": TextEncoderConfig(), "dit": DiTConfig(), "vae": VAEConfig()}
+WIDE = MID | {"dit": DiTConfig(n_layers=2, n_refiner_layers=1, cap_feat_dim=512)}
+CONFIGS = {"mid": MID, "wide": WIDE, "full": FULL}
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 
 
@@ -61,9 +65,8 @@ def our_pipeline(size, pixels, device, dtype):
     if size == "tiny":
         pipeline = sampler.load_pipeline(sampler.find_bundled(), device, dtype)
     else:
-        configs = MID if size == "mid" else FULL
         networks = {kind: build(kind, config, device, torch.float32 if kind == "vae" else dtype)
-                    for kind, config in configs.items()}
+                    for kind, config in CONFIGS[size].items()}
         tokenizer = load_tokenizer(DATA / "tiny" / "tokenizer" / "tokenizer.json")
         pipeline = sampler.Pipeline(tokenizer, **networks, shift=3.0, size=pixels, device=device)
     if device.type == "cpu":
@@ -217,7 +220,7 @@ def compare(size, pixels, device, dtype, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description="Time against diffusers.")
-    parser.add_argument("--size", choices=["tiny", "mid", "full"], nargs="+",
+    parser.add_argument("--size", choices=["tiny", *CONFIGS], nargs="+",
                         default=["tiny", "mid"])
     parser.add_argument("--pixels", type=int, help="side of mid and full (default 512 and 256)")
     parser.add_argument("--device", default="cpu")
