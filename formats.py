@@ -511,6 +511,11 @@ def layer_format(stored):
 PADDED = {"nvfp4": 16, "mxfp8": 32}   # both sides of a weight, to a multiple of this
 
 
+def is_table(name, stored):
+    """Whether this is the text encoder's table of words, and not quantized."""
+    return name == "model.embed_tokens.weight" and stored.number_type in FLOATS
+
+
 def fits(stored, shape):
     """Whether a tensor has this shape, but for padding and dimensions of size 1."""
     given = stored.shape

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_weights import QUANTIZED, UserError
-from formats import hadamard, layer_format, quantize_rows, quantize_weight, rotate
+from formats import hadamard, is_table, layer_format, quantize_rows, quantize_weight, rotate
 from model import Attention, Decoder, Encoder
 
 CPUINFO = "/proc/cpuinfo"
@@ -46,7 +46,7 @@ def is_intel():
 # On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
 # a CPU lacks them, bfloat16 products are 16 times slower than float32, and int8 ones 50 times.
 # Intel's CPUs that have AVX-512 BF16 have AMX as well, but a virtual machine may hide it. What is
-# left is slower than float32: 86 and 150 billion operations a second on a Xeon.
+# left is slower than float32: 184 and 300 billion operations a second on two cores of a Xeon.
 CPU_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 CPU_HAS_BFLOAT16 = (getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
                     and (CPU_HAS_AMX or not is_intel()))
@@ -164,6 +164,20 @@ def bind(linear, weight, scale, group=0):
     rotation = hadamard(group, weight.device).detach() if group else None
     linear.register_buffer("rotation", rotation, persistent=False)
     linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
+
+
+def bind_table(embedding, weight, *_):
+    """Leaves a table of words as it is stored, where everything else is float32.
+
+    Few of its rows are used. They are cast when they are, which changes no number.
+    """
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
+    embedding.register_forward_hook(lambda _, ids, rows: rows.float())
+
+
+def kept_layers(forms, dtype):
+    """What convert_weights.load is to leave as it is stored -> its argument `keep`."""
+    return dict.fromkeys(forms, bind) | ({"table": bind_table} if dtype == torch.float32 else {})
 
 
 QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -655,9 +669,12 @@ def weight_bytes(network, choice):
         is_block = QUANTIZED.search(name)
         is_kept = is_block and layer_format(piece.stored) in choice.keep
         is_small = is_kept or (is_block and choice.weights)
-        is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == dtype
+        own = dtype                           # of this weight; see bind_table
+        if dtype == torch.float32 and is_table(name, piece.stored):
+            own = piece.stored.dtype
+        is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == own
         if piece.needed and (on_device or not (is_kept or is_same)):
-            size += math.prod(piece.shape) * (1 if is_small else dtype.itemsize)
+            size += math.prod(piece.shape) * (1 if is_small else own.itemsize)
     return size
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import convert_weights
 import formats
 import hardware
 import sampler
@@ -424,6 +425,22 @@ def test_stored_scales_may_be_one_number(kind, group, monkeypatch):
     assert relative_error(layer(x), rotated @ back.t()) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["ours", "official", "comfy"])
+def test_the_table_of_words_stays_in_16_bits_beside_float32(tmp_path, layout):
+    """Its rows are cast when they are used, so the features are the same to the last bit."""
+    convert_weights.convert(TINY, tmp_path / "half", layout, dtype="bfloat16")
+    model = convert_weights.open_model(tmp_path / "half")._replace(shift_assumed=False)
+    plain = sampler.load_pipeline(model)
+    kept = sampler.load_pipeline(model, keep=hardware.kept_layers((), torch.float32))
+    table = kept.text_encoder.embed_tokens.weight
+    assert table.dtype == torch.bfloat16 and not table.requires_grad
+    others = {p.dtype for p in hardware.tensors_of(kept.text_encoder.layers, kept.dit)}
+    assert others == {torch.float32}
+    features = [sampler.encode_prompts(p, ["a cat"]).features for p in (plain, kept)]
+    assert features[1].dtype == torch.float32 and torch.equal(*features)
+    assert hardware.kept_layers(("int8",), torch.bfloat16) == {"int8": hardware.bind}
+
+
 # --- Kernels for CPUs -----------------------------------------------------------------------------
 
 
@@ -626,11 +643,11 @@ def test_memory_of_the_release(weights, offload, gigabytes):
 
 @pytest.mark.parametrize("in_blocks, choice, gigabytes", [
     ("BF16", (torch.bfloat16,), 5.58),            # all mapped but the VAE; its activations
-    ("BF16", (torch.float32,), 46.3),
+    ("BF16", (torch.float32,), 44.7),             # but for the table of words
     ("BF16", (torch.bfloat16, "int8"), 15.2),
     ("BF16", (torch.bfloat16, None, None, (), True), 17.9),      # a LoRA changes the DiT
     ("I8", (torch.bfloat16,), 5.58),              # int8 as it is stored
-    ("I8", (torch.float32,), 7.69),               # the words and norms are cast
+    ("I8", (torch.float32,), 6.14),               # norms and embedders are cast, words are not
     ("I8", (torch.bfloat16, None, None, ()), 24.9)])
 def test_memory_on_a_cpu(in_blocks, choice, gigabytes):
     """What is used as it is stored does not count: the system reads it again when it must."""

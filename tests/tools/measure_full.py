@@ -4,16 +4,18 @@
 
 Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 33 GB, none with --sparse: then
 all weights are zero, and products take the same time), its int8 form (11 GB) and, for
-stable-diffusion.cpp, its form in ComfyUI's files, and keeps them. What a stopped run has left there
-has to be removed. Each case is a process of its own: seconds from its start to its end, the seconds
-until the first step begins, those of a step, and the most memory that it had at once. "own" is what
-the system cannot give back (RssAnon); "resident" also counts pages of mapped files, which it can.
+stable-diffusion.cpp, its form in ComfyUI's files and q8_0 GGUF files of these. They are kept; what
+a stopped run has left there has to be removed. Each case is a process of its own: seconds from its
+start to its end, the seconds until the first step begins, those of a step, and the most memory that
+it had at once. "own" is what the system cannot give back (RssAnon); "resident" also counts pages of
+mapped files, which it can.
 
-diffusers and stable-diffusion.cpp (stable-diffusion-cpp-python, built from source) run if they are
-installed; the latter makes q8_0 of the weights while it reads them.
+diffusers and stable-diffusion.cpp (stable-diffusion-cpp-python, built from source; gguf makes its
+files) run if they are installed.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,6 +24,7 @@ import threading
 import time
 from pathlib import Path
 
+import formats
 from tests.tools.measure_loading import make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +41,13 @@ image.images[0].save("image.png")
 print("step", (times[-1] - times[0]) / (len(times) - 1), times[0])
 """
 STABLE_DIFFUSION_CPP = """
-import sys, time
+import os, sys, time
 from stable_diffusion_cpp import StableDiffusion
 folder, size, steps = sys.argv[1:]
 model = StableDiffusion(
-    diffusion_model_path=folder + "/z_image.safetensors", vae_path=folder + "/ae.safetensors",
-    llm_path=folder + "/qwen_3_4b.safetensors", wtype="q8_0", diffusion_flash_attn=True)
+    diffusion_model_path=folder + "/z_image-q8_0.gguf", vae_path=folder + "/ae.safetensors",
+    llm_path=folder + "/qwen_3_4b-q8_0.gguf", diffusion_flash_attn=True,
+    n_threads=os.cpu_count())
 times = []
 images = model.generate_image(
     prompt={prompt!r}, width=int(size), height=int(size), sample_steps=int(steps), cfg_scale=1.0,
@@ -108,6 +112,23 @@ def run(name, code, arguments, folder):
           f"{highest[1]:.1f} |", flush=True)
 
 
+def write_q8_0(source, target):
+    """A GGUF file of a safetensors file: matrices of whole blocks in q8_0, the rest in float32."""
+    import gguf
+    from gguf.quants import quantize
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(target, source.stem)
+    for name, stored in formats.read_safetensors(source)[0].items():
+        is_matrix = len(stored.shape) == 2 and stored.shape[1] % 32 == 0
+        weight = formats.read(stored).float().numpy()
+        writer.add_tensor(name, quantize(weight, q8_0) if is_matrix else weight,
+                          raw_dtype=q8_0 if is_matrix else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scratch", type=Path)
@@ -127,6 +148,10 @@ def main():
     if not int8.exists():
         subprocess.run([sys.executable, ROOT / "convert_weights.py", official, int8,
                         "--dtype", "int8"], check=True)
+    for file in ("z_image", "qwen_3_4b"):
+        target = comfy / f"{file}-q8_0.gguf"
+        if importlib.util.find_spec("stable_diffusion_cpp") and not target.exists():
+            write_q8_0(comfy / f"{file}.safetensors", target)
     ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
     cpp = STABLE_DIFFUSION_CPP.format(prompt=PROMPT)
     options = ["--device", "cpu", "--steps", args.steps, "--size", f"{args.size}x{args.size}"]
