@@ -221,7 +221,7 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
     keep: {"fp8": bind, "int8": bind}, one of them or both. A linear layer of the blocks that is
         stored in this format stays so: bind(linear, weight, scale, group) gets weight (out, in) as
         it is stored, scale (out, 1) float32, and the columns in a group of formats.rotate, or 0.
-        "table": bind, for the text encoder's table of words, if it is not quantized.
+        "table": called with the text encoder's table of words, whose dtype stays, too.
     quantize_layer: called as quantize_layer(linear, weight) for the linear layers of the blocks
         that `keep` does not take; weight (out, in) is on `device`.
     A network of which nothing has to be cast is mapped, see the head of this file. Otherwise the
@@ -241,7 +241,10 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
             linear = module.get_submodule(ours.removesuffix(".weight"))
             quantize_layer(linear, stored.to(device))
             continue
-        tensor = stored.to(device, dtype)
+        is_kept = keep and "table" in keep and formats.is_table(name, network.pieces[name].stored)
+        tensor = stored.to(device, stored.dtype if is_kept else dtype)
+        if is_kept:
+            keep["table"](module.get_submodule(ours.removesuffix(".weight")))
         if tensor is not stored or tensor.numel() < SMALL:
             check_finite(network, name, tensor, stored)
         weights[ours] = tensor
@@ -278,8 +281,7 @@ def bind_kept_layers(network, module, keep, adapters, device):
     changed = formats.read_adapters(adapters, linear_modules(network)) if keep else {}
     rest = {}
     for name, piece in network.pieces.items():
-        form = formats.layer_format(piece.stored) if QUANTIZED.search(name) else None
-        bind = keep.get("table" if formats.is_table(name, piece.stored) else form)
+        bind = keep.get(formats.layer_format(piece.stored)) if QUANTIZED.search(name) else None
         if bind and piece.needed and name not in changed:
             weight = formats.read(piece.stored, piece.first, piece.shape[0])
             scale = formats.row_scales(piece.stored, piece.first, piece.shape[0])

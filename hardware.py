@@ -43,15 +43,17 @@ def is_intel():
     return "GenuineIntel" in said
 
 
-# On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, AVX-512 VNNI and AMX. Where
-# a CPU lacks them, bfloat16 products are 16 times slower than float32, and int8 ones 50 times.
-# Intel's CPUs that have AVX-512 BF16 have AMX as well, but a virtual machine may hide it. What is
-# left is slower than float32: 184 and 300 billion operations a second on two cores of a Xeon.
+# On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, VNNI and AMX. Where a CPU
+# lacks them, bfloat16 products are 16 times slower than float32, and int8 ones slow or not exact.
+# Intel's CPUs with AVX-512 BF16 have AMX as well (all but Cooper Lake), but a virtual machine may
+# hide it. What is left is slower than float32: 184 and 300 billion operations a second on two
+# cores of a Xeon. So bfloat16 counts on Intel's CPUs only with AMX.
 CPU_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 CPU_HAS_BFLOAT16 = (getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
                     and (CPU_HAS_AMX or not is_intel()))
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-CPU_HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()
+CPU_HAS_INT8 = (getattr(torch.cpu, "_is_vnni_supported", bool)()      # of AVX-512
+                or getattr(torch.cpu, "get_capabilities", dict)().get("avx_vnni", False))
 
 
 @lru_cache
@@ -83,8 +85,8 @@ def has_products(dtype, device):
 def choose_numbers(model, device, dtype, weights):
     """Chooses dtype and weights -> dtype, weights, the formats that stay as they are stored.
 
-    dtype, weights: from the command line, or None. With int8 weights a CPU takes bfloat16 if it
-    multiplies bfloat16; if it does not multiply int8, bfloat16 also replaces the int8 weights.
+    dtype, weights: from the command line, or None. With int8 weights a CPU takes bfloat16 if it is
+    fast in bfloat16; if it does not multiply int8, bfloat16 also replaces the int8 weights.
     `--like` passes the dtype and weights that a picture has recorded: they must be chosen again.
     UserError: fp8 on Apple's GPUs.
     """
@@ -166,18 +168,18 @@ def bind(linear, weight, scale, group=0):
     linear.__class__ = Int8Linear if weight.dtype == torch.int8 else Float8Linear
 
 
-def bind_table(embedding, weight, *_):
-    """Leaves a table of words as it is stored, where everything else is float32.
+def cast_rows(embedding):
+    """Lets a table of words stay as it is stored, where everything else is float32.
 
     Few of its rows are used. They are cast when they are, which changes no number.
     """
-    embedding.weight = nn.Parameter(weight, requires_grad=False)
     embedding.register_forward_hook(lambda _, ids, rows: rows.float())
 
 
-def kept_layers(forms, dtype):
+def kept_layers(forms, dtype, device):
     """What convert_weights.load is to leave as it is stored -> its argument `keep`."""
-    return dict.fromkeys(forms, bind) | ({"table": bind_table} if dtype == torch.float32 else {})
+    keeps_table = dtype == torch.float32 and device.type in ("cpu", "cuda")
+    return dict.fromkeys(forms, bind) | ({"table": cast_rows} if keeps_table else {})
 
 
 QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -212,7 +214,7 @@ def float32_product(x, weight, bias=None):
 
 
 class CPULinear(nn.Linear):
-    """nn.Linear on a CPU in float32, also for bfloat16 where there are no such instructions."""
+    """nn.Linear on a CPU in float32, also for bfloat16 where float32 is faster."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.float()
@@ -669,7 +671,7 @@ def weight_bytes(network, choice):
         is_block = QUANTIZED.search(name)
         is_kept = is_block and layer_format(piece.stored) in choice.keep
         is_small = is_kept or (is_block and choice.weights)
-        own = dtype                           # of this weight; see bind_table
+        own = dtype                           # of this weight; see cast_rows
         if dtype == torch.float32 and is_table(name, piece.stored):
             own = piece.stored.dtype
         is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == own

@@ -409,7 +409,7 @@ def make_parser():
     add("--strength", type=number(0, 1, above=0), help="how far from it, up to 1 (default 0.6)")
     add("--dtype", choices=["bfloat16", "float32", "float16"],
         help="default: bfloat16; float32 on a CPU, unless the weights are int8 and the CPU "
-        "has bfloat16 products")
+        "is fast in bfloat16")
     add("--weights", choices=["int8", "fp8"], help="one byte for most weights, half the memory; "
         "int8 is also faster on CPUs with VNNI and without AMX")
     add("--offload", nargs="?", const="networks", choices=["networks", "blocks"],
@@ -655,7 +655,7 @@ def build(args, device):
     check_options_fit(args, device, dtype, model, keep)
     home = "cpu" if args.offload else device
     pipeline = load_pipeline(
-        model, home, dtype, args.lora, hardware.kept_layers(keep, dtype),
+        model, home, dtype, args.lora, hardware.kept_layers(keep, dtype, device),
         args.weights and partial(hardware.quantize_layer, kind=args.weights))
     pipeline.device = device
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):

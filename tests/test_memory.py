@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import convert_weights
 import formats
@@ -17,6 +18,7 @@ import sampler
 from conftest import DATA, TINY, Failing, Recorder, relative_error
 from convert_weights import NETWORKS, QUANTIZED, UserError
 from formats import hadamard, quantize_rows, rotate, rotation_group
+from hardware import kept_layers
 from model import VAE, Attention, VAEConfig, rotate_pairs
 
 PROMPTS = ["a cat", "two dogs in the snow at dusk"]
@@ -431,14 +433,31 @@ def test_the_table_of_words_stays_in_16_bits_beside_float32(tmp_path, layout):
     convert_weights.convert(TINY, tmp_path / "half", layout, dtype="bfloat16")
     model = convert_weights.open_model(tmp_path / "half")._replace(shift_assumed=False)
     plain = sampler.load_pipeline(model)
-    kept = sampler.load_pipeline(model, keep=hardware.kept_layers((), torch.float32))
+    kept = sampler.load_pipeline(model, keep=kept_layers((), torch.float32, CPU))
     table = kept.text_encoder.embed_tokens.weight
-    assert table.dtype == torch.bfloat16 and not table.requires_grad
+    assert table.dtype == torch.bfloat16
     others = {p.dtype for p in hardware.tensors_of(kept.text_encoder.layers, kept.dit)}
     assert others == {torch.float32}
     features = [sampler.encode_prompts(p, ["a cat"]).features for p in (plain, kept)]
     assert features[1].dtype == torch.float32 and torch.equal(*features)
-    assert hardware.kept_layers(("int8",), torch.bfloat16) == {"int8": hardware.bind}
+
+
+def test_what_stays_as_it_is_stored():
+    """Apple's GPUs do not know all types that a table may have."""
+    assert kept_layers(("int8",), torch.bfloat16, CPU) == {"int8": hardware.bind}
+    for device, kept in (("cpu", ["table"]), ("cuda", ["table"]), ("mps", [])):
+        assert [*kept_layers((), torch.float32, torch.device(device))] == kept
+
+
+@pytest.mark.parametrize("keep", [None, kept_layers((), torch.float32, CPU)])
+def test_a_damaged_table_of_words_is_refused(tmp_path, keep):
+    convert_weights.convert(TINY, tmp_path / "half", dtype="bfloat16")
+    file = tmp_path / "half" / "text_encoder.safetensors"
+    tensors = load_file(file)
+    tensors["embed_tokens.weight"][3, 3] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="embed_tokens.weight is not finite"):
+        sampler.load_pipeline(tmp_path / "half", keep=keep)
 
 
 # --- Kernels for CPUs -----------------------------------------------------------------------------

@@ -222,7 +222,8 @@ def main():
     parser = argparse.ArgumentParser(description="Time against diffusers.")
     parser.add_argument("--size", choices=["tiny", *CONFIGS], nargs="+",
                         default=["tiny", "mid"])
-    parser.add_argument("--pixels", type=int, help="side of mid and full (default 512 and 256)")
+    parser.add_argument("--pixels", type=int,
+                        help="side of all but tiny (default: mid 512, wide and full 256)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+",
                         help="default: both on a CPU, bfloat16 on a GPU")

@@ -150,7 +150,8 @@ def main():
                         "--dtype", "int8"], check=True)
     for file in ("z_image", "qwen_3_4b"):
         target = comfy / f"{file}-q8_0.gguf"
-        if importlib.util.find_spec("stable_diffusion_cpp") and not target.exists():
+        installed = all(map(importlib.util.find_spec, ("stable_diffusion_cpp", "gguf")))
+        if installed and not target.exists():
             write_q8_0(comfy / f"{file}.safetensors", target)
     ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
     cpp = STABLE_DIFFUSION_CPP.format(prompt=PROMPT)
