@@ -28,6 +28,9 @@ from tqdm import tqdm
 
 from model import VAE, DiT, DiTConfig, TextEncoder, TextEncoderConfig, VAEConfig
 
+# A thread of tqdm redraws bars that stand still. It can crash Python 3.11 as a command ends.
+tqdm.monitor_interval = 0
+
 # --- Files: headers of safetensors and GGUF; tensors are mapped ---------------------------------
 
 DTYPES = {

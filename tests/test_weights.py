@@ -21,7 +21,7 @@ import files
 import formats
 import hardware
 import sampler
-from conftest import DATA, TINY, refused, run, run_here
+from conftest import DATA, ROOT, TINY, refused, run, run_here
 from convert_weights import UserError, load_dit, load_text_encoder, load_vae
 from model import VAE, DiT, DiTConfig, TextEncoderConfig, VAEConfig
 
@@ -786,6 +786,15 @@ def test_the_largest_widths_can_be_described(kind, config):
 def test_help_says_the_dtype():
     text = " ".join(run_here(convert_weights.main, "--help").stdout.split())
     assert "default: as stored; bfloat16 where that is quantized" in text
+
+
+def test_no_thread_is_left_when_a_command_ends(tmp_path):
+    """A daemon thread may still run while Python ends, and crash there."""
+    code = ("import sys, threading, convert_weights\nsys.argv = sys.argv[:3]\n"
+            "convert_weights.main()\nprint(threading.active_count())")
+    result = subprocess.run([sys.executable, "-c", code, TINY, tmp_path / "new"], cwd=ROOT,
+                            capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "1", result.stderr
 
 
 def test_convert_command(checkpoint, tmp_path):
