@@ -241,9 +241,9 @@ def load(kind, path, device="cpu", dtype=torch.float32, like=None, adapters=(), 
             linear = module.get_submodule(ours.removesuffix(".weight"))
             quantize_layer(linear, stored.to(device))
             continue
-        is_kept = keep and "table" in keep and formats.is_table(name, network.pieces[name].stored)
-        tensor = stored.to(device, stored.dtype if is_kept else dtype)
-        if is_kept:
+        keeps_own = keep and "table" in keep and formats.is_table(name, network.pieces[name].stored)
+        tensor = stored.to(device, stored.dtype if keeps_own else dtype)
+        if keeps_own:
             keep["table"](module.get_submodule(ours.removesuffix(".weight")))
         if tensor is not stored or tensor.numel() < SMALL:
             check_finite(network, name, tensor, stored)

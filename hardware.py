@@ -46,8 +46,8 @@ def is_intel():
 # On x86, bfloat16 matrix instructions are AVX-512 BF16 and AMX; int8, VNNI and AMX. Where a CPU
 # lacks them, bfloat16 products are 16 times slower than float32, and int8 ones slow or not exact.
 # Intel's CPUs with AVX-512 BF16 have AMX as well (all but Cooper Lake), but a virtual machine may
-# hide it. What is left is slower than float32: 184 and 300 billion operations a second on two
-# cores of a Xeon. So bfloat16 counts on Intel's CPUs only with AMX.
+# hide it. What is left is slower than float32 (tutorials/real_weights.md). So bfloat16 counts on
+# Intel's CPUs only with AMX.
 CPU_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 CPU_HAS_BFLOAT16 = (getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
                     and (CPU_HAS_AMX or not is_intel()))
@@ -83,7 +83,7 @@ def has_products(dtype, device):
 
 
 def choose_numbers(model, device, dtype, weights):
-    """Chooses dtype and weights -> dtype, weights, the formats that stay as they are stored.
+    """Chooses dtype and weights -> dtype, weights, what stays as it is stored: names of KEEP.
 
     dtype, weights: from the command line, or None. With int8 weights a CPU takes bfloat16 if it is
     fast in bfloat16; if it does not multiply int8, bfloat16 also replaces the int8 weights.
@@ -97,6 +97,8 @@ def choose_numbers(model, device, dtype, weights):
     is_int8, keep = is_stored or weights == "int8", {weights, "int8"} - {None}
     takes_bfloat16 = device.type != "cpu" or (is_int8 and CPU_HAS_BFLOAT16)
     chosen = dtype or ("bfloat16" if takes_bfloat16 else "float32")
+    if chosen == "float32" and device.type != "mps":      # which does not know all types of tables
+        keep |= {"table"}
     if is_int8 and not has_products(torch.int8, device):
         # bfloat16 without --weights int8 is also what a picture records after a replacement.
         may_replace = dtype is None or (dtype == "bfloat16" and weights != "int8")
@@ -149,7 +151,7 @@ class Int8Linear(QuantizedLinear):
     def product(self, rows, row_scale, dtype):
         padding = max(32 - len(rows), 0)      # a GPU wants more than 16 rows
         y = torch._int_mm(F.pad(rows, (0, 0, 0, padding)), self.weight.t())[:len(rows)]
-        return y.float().mul_(row_scale).mul_(self.scale.flatten()).to(dtype)
+        return (y * row_scale).mul_(self.scale.flatten()).to(dtype)
 
 
 def bind(linear, weight, scale, group=0):
@@ -176,10 +178,8 @@ def cast_rows(embedding):
     embedding.register_forward_hook(lambda _, ids, rows: rows.float())
 
 
-def kept_layers(forms, dtype, device):
-    """What convert_weights.load is to leave as it is stored -> its argument `keep`."""
-    keeps_table = dtype == torch.float32 and device.type in ("cpu", "cuda")
-    return dict.fromkeys(forms, bind) | ({"table": cast_rows} if keeps_table else {})
+# What is done to a layer that stays as it is stored; see `keep` of convert_weights.load.
+KEEP = {"fp8": bind, "int8": bind, "table": cast_rows}
 
 
 QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -658,7 +658,7 @@ class Choice(NamedTuple):
     dtype: torch.dtype            # of text encoder and DiT; the VAE's is float32
     weights: str | None = None    # "int8" or "fp8": those of the blocks take one byte each
     offload: str | None = None
-    keep: tuple = ("int8",)       # formats that stay as they are stored
+    keep: tuple = ("int8", "table")   # what stays as it is stored
     is_merged: bool = False       # adapters change the DiT
     is_mapped: bool = False       # on a CPU: what is neither cast nor changed stays in its file
 
@@ -671,9 +671,8 @@ def weight_bytes(network, choice):
         is_block = QUANTIZED.search(name)
         is_kept = is_block and layer_format(piece.stored) in choice.keep
         is_small = is_kept or (is_block and choice.weights)
-        own = dtype                           # of this weight; see cast_rows
-        if dtype == torch.float32 and is_table(name, piece.stored):
-            own = piece.stored.dtype
+        keeps_own = "table" in choice.keep and is_table(name, piece.stored)
+        own = piece.stored.dtype if keeps_own else dtype
         is_same = not is_small and piece.stored.format == "plain" and piece.stored.dtype == own
         if piece.needed and (on_device or not (is_kept or is_same)):
             size += math.prod(piece.shape) * (1 if is_small else own.itemsize)

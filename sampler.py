@@ -655,7 +655,7 @@ def build(args, device):
     check_options_fit(args, device, dtype, model, keep)
     home = "cpu" if args.offload else device
     pipeline = load_pipeline(
-        model, home, dtype, args.lora, hardware.kept_layers(keep, dtype, device),
+        model, home, dtype, args.lora, {name: hardware.KEEP[name] for name in keep},
         args.weights and partial(hardware.quantize_layer, kind=args.weights))
     pipeline.device = device
     for net in (pipeline.text_encoder, pipeline.dit, pipeline.vae):

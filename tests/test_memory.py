@@ -18,11 +18,11 @@ import sampler
 from conftest import DATA, TINY, Failing, Recorder, relative_error
 from convert_weights import NETWORKS, QUANTIZED, UserError
 from formats import hadamard, quantize_rows, rotate, rotation_group
-from hardware import kept_layers
 from model import VAE, Attention, VAEConfig, rotate_pairs
 
 PROMPTS = ["a cat", "two dogs in the snow at dusk"]
 CPU = torch.device("cpu")
+TABLE = {"table": hardware.KEEP["table"]}
 
 
 # --- The VAE in tiles -----------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_the_table_of_words_stays_in_16_bits_beside_float32(tmp_path, layout):
     convert_weights.convert(TINY, tmp_path / "half", layout, dtype="bfloat16")
     model = convert_weights.open_model(tmp_path / "half")._replace(shift_assumed=False)
     plain = sampler.load_pipeline(model)
-    kept = sampler.load_pipeline(model, keep=kept_layers((), torch.float32, CPU))
+    kept = sampler.load_pipeline(model, keep=TABLE)
     table = kept.text_encoder.embed_tokens.weight
     assert table.dtype == torch.bfloat16
     others = {p.dtype for p in hardware.tensors_of(kept.text_encoder.layers, kept.dit)}
@@ -442,14 +442,15 @@ def test_the_table_of_words_stays_in_16_bits_beside_float32(tmp_path, layout):
     assert features[1].dtype == torch.float32 and torch.equal(*features)
 
 
-def test_what_stays_as_it_is_stored():
+@pytest.mark.parametrize("device, dtype, kept", [
+    ("cpu", "float32", {"int8", "table"}), ("cuda", "float32", {"int8", "table"}),
+    ("mps", "float32", {"int8"}), ("cpu", "bfloat16", {"int8"}), ("cuda", None, {"int8"})])
+def test_what_stays_as_it_is_stored(device, dtype, kept):
     """Apple's GPUs do not know all types that a table may have."""
-    assert kept_layers(("int8",), torch.bfloat16, CPU) == {"int8": hardware.bind}
-    for device, kept in (("cpu", ["table"]), ("cuda", ["table"]), ("mps", [])):
-        assert [*kept_layers((), torch.float32, torch.device(device))] == kept
+    assert hardware.choose_numbers(Release(), torch.device(device), dtype, None)[2] == kept
 
 
-@pytest.mark.parametrize("keep", [None, kept_layers((), torch.float32, CPU)])
+@pytest.mark.parametrize("keep", [None, TABLE])
 def test_a_damaged_table_of_words_is_refused(tmp_path, keep):
     convert_weights.convert(TINY, tmp_path / "half", dtype="bfloat16")
     file = tmp_path / "half" / "text_encoder.safetensors"

@@ -148,10 +148,10 @@ def main():
     if not int8.exists():
         subprocess.run([sys.executable, ROOT / "convert_weights.py", official, int8,
                         "--dtype", "int8"], check=True)
-    for file in ("z_image", "qwen_3_4b"):
+    has_cpp = all(map(importlib.util.find_spec, ("stable_diffusion_cpp", "gguf")))
+    for file in ("z_image", "qwen_3_4b") if has_cpp else ():
         target = comfy / f"{file}-q8_0.gguf"
-        installed = all(map(importlib.util.find_spec, ("stable_diffusion_cpp", "gguf")))
-        if installed and not target.exists():
+        if not target.exists():
             write_q8_0(comfy / f"{file}.safetensors", target)
     ours, theirs = OURS.format(root=str(ROOT)), DIFFUSERS.format(prompt=PROMPT)
     cpp = STABLE_DIFFUSION_CPP.format(prompt=PROMPT)
