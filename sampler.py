@@ -180,12 +180,12 @@ def image_to_image(pipeline, prompts, image, strength=0.6, height=None, width=No
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = check_size(pipeline, height, width)
+    check_request(pipeline, prompts, noise, (height, width), **options)
     times = recommended_times(pipeline, steps, shift)
     times = times[-1 - steps_left(len(times) - 1, strength):]
     vae_noise, drawn = latent_noise(pipeline, height, width, seed, len(prompts))
     latents = encode_image(pipeline, image, vae_noise)           # (B, C, h, w)
-    noise = drawn if noise is None else noise.cpu()
-    noised = times[0] * latents + (1 - times[0]) * noise
+    noised = times[0] * latents + (1 - times[0]) * setting(noise, drawn).cpu()
     return generate(pipeline, prompts, height, width, noise=noised, times=times, **options)
 
 
@@ -230,7 +230,7 @@ def check_size(pipeline, height=None, width=None):
     return sides
 
 
-def check_request(pipeline, prompts, noise, size, output, guidance_every=1, **_):
+def check_request(pipeline, prompts, noise, size, output="pil", guidance_every=1, **_):
     """UserError for no prompt, an unknown output, guidance_every below 1, noise of a wrong shape.
 
     size: (height, width) of the picture. noise: (B, C, h, w), or None.

@@ -327,6 +327,17 @@ def test_a_tensor_of_another_size_is_no_image_to_start_from(pipeline, shape):
         sampler.image_to_image(pipeline, ["a cat", "a dog"], torch.zeros(shape), 0.5, 32, 48, 2)
 
 
+@pytest.mark.parametrize("prompts, noise, problem", [
+    ([], None, "no prompt"),
+    (["a cat", "a dog"], torch.zeros(1, 4, 8, 12), "noise should have the shape"),
+    (["a cat"], torch.zeros(1, 4, 12, 8), "noise should have the shape")])
+def test_image_to_image_checks_the_request_as_generate_does(pipeline, prompts, noise, problem):
+    """Noise of another shape is not stretched to the images."""
+    image = torch.zeros(1, 3, 32, 48)
+    with pytest.raises(UserError, match=problem):
+        sampler.image_to_image(pipeline, prompts, image, 0.5, 32, 48, 2, noise=noise)
+
+
 def test_a_context_is_for_latents_of_one_size(pipeline):
     """Another shape with as many tokens would give wrong positions, and no error."""
     text = sampler.encode_prompts(pipeline, ["a cat"])
