@@ -432,7 +432,7 @@ class FakePipeline:
 
 
 def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
-    assert options == {"guidance_every": 1}
+    assert options == {"guidance_every": 1, "cfg_truncation": 1.0}
     perfect_images.seeds.add(seed)
     return evaluate.drawings(prompts, 5)
 
@@ -465,7 +465,7 @@ def test_json(monkeypatch, tmp_path, capsys):
     assert "| x, 2 steps, guidance 1 |" in capsys.readouterr().out
 
 
-def test_quantized_weights_and_guidance_every(tmp_path, monkeypatch):
+def test_quantized_weights_and_less_guidance(tmp_path, monkeypatch):
     """What is scored are pictures of the network with these options."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("a panda on a red card\na fox\n海边有一只小狗\n", encoding="utf-8")
@@ -476,14 +476,15 @@ def test_quantized_weights_and_guidance_every(tmp_path, monkeypatch):
     run = partial(run_here, evaluate.main, "--model", Path(evaluate.HERE, "teacher"),
                   "--steps", 2, "--guidance", 2, "--prompts", prompts, "--json", out)
     pictures = []
-    for options in ([], ["--weights", "int8"], ["--guidance-every", 2]):
+    for options in ([], ["--weights", "int8"], ["--cfg-truncation", 0.1], ["--guidance-every", 2]):
         assert run(*options).returncode == 0
         pictures.append(scored.calls[-1][0])
     row = json.loads(out.read_text(encoding="utf-8"))
-    assert row["guidance_every"] == 2 and row["weights"] is None
-    plain, int8, reused = pictures
+    assert row["guidance_every"] == 2 and row["weights"] is None and row["cfg_truncation"] == 1
+    plain, int8, truncated, reused = pictures
     assert 0 < (int8 - plain).square().mean() < 0.2 * plain.var()
     assert 0 < (reused - plain).square().mean() < plain.var()
+    assert 0 < (truncated - plain).square().mean() < plain.var()
 
 
 def test_wrong_arguments(monkeypatch, tmp_path, capsys):

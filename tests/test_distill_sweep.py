@@ -14,6 +14,7 @@ import torch
 import dial
 import distill
 import evaluate
+import files
 import sampler
 import sweep
 from conftest import TINY, refused, run_here
@@ -135,6 +136,15 @@ def test_results_of_other_options_are_not_mixed(tmp_path, sweep_here, options):
     assert seeds_done(tmp_path) == [("1 step", 0)]
 
 
+@pytest.mark.skipif(not files.fcntl, reason="this system locks no folders")
+def test_two_sweeps_do_not_share_a_folder(tmp_path, sweep_here):
+    """Each would run what the other runs, and both would write its results."""
+    run = partial(sweep_here, "--only", "1 step", "--seeds", 0)
+    with files.alone_in(tmp_path / "sweep"):
+        assert refused(run(), tmp_path / "sweep", "another process")
+    assert run().returncode == 0 and seeds_done(tmp_path) == [("1 step", 0)]
+
+
 def test_half_a_line_is_no_result_and_other_damage_is_refused(tmp_path, sweep_here):
     run = partial(sweep_here, "--only", "1 step", "--seeds")
     assert run(0).returncode == 0
@@ -193,6 +203,16 @@ def test_ca_between_limits_looks_there_only():
     training_step(nets, *inputs(), Settings(), generator())
     _, cond, uncond = seen
     assert torch.equal(cond, uncond) and cond.min() >= 0.7 and cond.max() <= 1
+
+
+def test_ca_truncated_leaves_out_late_times():
+    nets, (text, null_text, x) = make_nets(), inputs()
+    t = torch.linspace(0.2, 0.8, len(x))
+    call = nets.teacher, x, t, text, null_text, 4.0, x.flip(0), True
+    whole, part = distill.cfg_augmentation(*call), sweep.ca_truncated(0.5, None, None)["ca"](*call)
+    early = t <= 0.5
+    assert 0 < early.sum() < len(x) and whole[~early].any()
+    assert torch.equal(part[early], whole[early]) and not part[~early].any()
 
 
 # --- A student between two students -------------------------------------------------------------

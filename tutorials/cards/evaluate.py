@@ -284,6 +284,8 @@ def arguments():
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
     parser.add_argument("--guidance-every", type=number(1, 1000, int), default=1, metavar="K",
                         help="compute v - v_negative in every K-th step only (default: 1)")
+    parser.add_argument("--cfg-truncation", type=number(0, 1), default=1.0, metavar="T",
+                        help="no guidance once t is above T (default: 1)")
     parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cuda, mps or cpu")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
@@ -350,7 +352,7 @@ def main():
     for pipeline in pipelines if args.weights else ():
         sampler.quantize(pipeline.dit, args.weights)
         sampler.quantize(pipeline.text_encoder, args.weights)
-    options = {"guidance_every": args.guidance_every}
+    options = {"guidance_every": args.guidance_every, "cfg_truncation": args.cfg_truncation}
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
     row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}

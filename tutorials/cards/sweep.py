@@ -43,7 +43,7 @@ import scale  # noqa: E402
 import shields  # noqa: E402
 from convert_weights import Parser, UserError, number, open_model, run_command  # noqa: E402
 from distill import cfg_augmentation, data_estimate, no_dm, renoise, time_schedule  # noqa: E402
-from files import write_whole  # noqa: E402
+from files import alone_in, write_whole  # noqa: E402
 from formats import fingerprint, located  # noqa: E402
 
 # --- What a variant changes beside options: (pipeline, args) -> arguments of distill.Run --------
@@ -81,6 +81,14 @@ def ca_between(low, high, pipeline, args):
     """
     def ca(teacher, x, t, *others):
         return cfg_augmentation(teacher, x, low + (high - low) * t, *others)
+    return {"ca": ca}
+
+
+def ca_truncated(high, pipeline, args):
+    """No CA at re-noising times above `high`, like cfg_truncation of sampler.sample."""
+    def ca(teacher, x, t, *others):
+        delta = cfg_augmentation(teacher, x, t, *others)
+        return delta * (t <= high).to(delta).view(-1, *[1] * (x.ndim - 1))
     return {"ca": ca}
 
 
@@ -163,6 +171,7 @@ VARIANTS = {
     "CA at tau 0 to .3": (FULL, partial(ca_between, 0.0, 0.3)),
     "CA at tau .3 to .7": (FULL, partial(ca_between, 0.3, 0.7)),
     "CA at tau .7 to 1": (FULL, partial(ca_between, 0.7, 1.0)),
+    "no CA above tau .5": ([], partial(ca_truncated, 0.5)),
     # The student for one number of steps, and for any.
     "1 step": (["--steps", "1"], nothing),
     "2 steps": (["--steps", "2"], nothing),
@@ -389,7 +398,6 @@ def run_all(jobs, workers):
 
 def run_missing(args, options, path):
     """Runs what results.jsonl lacks, and adds it -> the number of runs that failed."""
-    check(args, options)
     results, failed, wanted = read_results(path), 0, (options, scoring(args))
     for r in results:
         if (r.get("options"), r.get("scoring")) != wanted:
@@ -465,7 +473,11 @@ def main():
     if args.list:
         print("\n".join(f"{name:34} {' '.join(own)}" for name, (own, _) in VARIANTS.items()))
         return
-    failed = 0 if args.table else run_missing(args, options, path)
+    failed = 0
+    if not args.table:
+        check(args, options)
+        with alone_in(path.parent):
+            failed = run_missing(args, options, path)
     text = table(read_results(path))
     (path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -66,6 +66,7 @@ from convert_weights import (  # noqa: E402
     save_pipeline,
 )
 from files import alone_in, write_whole  # noqa: E402
+from hardware import CPU_HAS_BFLOAT16  # noqa: E402
 from model import (  # noqa: E402
     VAE,
     Context,
@@ -357,7 +358,7 @@ class Recorded:
 
 def reduced_precision(device):
     """bfloat16 products where the device has fast ones."""
-    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = device.type == "cuda" or CPU_HAS_BFLOAT16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
