@@ -309,6 +309,16 @@ def test_drawings_are_read_right(prompts, drawn):
     assert row["open"]["count"] + row["given"]["count"] == COUNT
 
 
+@pytest.mark.parametrize("prompt, groups", [
+    ('a panda on a red card with the white word "LOVE" below it', {"en", "given", "latin_words"}),
+    ("黄色卡片，兔子上面写着黑色的“福”", {"zh", "given", "hanzi_words"}),
+    ('a fox and the word "水火"', {"en", "open", "hanzi_words", "unseen_words"}),
+    ("海边有一只小狗，写着HONEY", {"zh", "open", "latin_words", "unseen_words"}),
+    ("a fox", {"en", "open"})])
+def test_groups_of_prompts(prompt, groups):
+    assert evaluate.groups_of(prompt) - {""} == groups
+
+
 def test_every_thing_card_and_ink_can_be_read():
     rng = np.random.default_rng(7)
     for i, thing in enumerate(world.THINGS):

@@ -10,8 +10,10 @@ prompts, divided by the drawings' total variance: 0 is the same distribution, 1 
 drawings spread. Features are mean colors and fixed random filters, never trained. `std_ratio`
 and `saturation` compare contrast and color with those of the drawings, and `diversity` how far the
 pictures of one prompt differ: 1 is as in the drawings. --seed is that of all noise and drawings.
-Every figure is given again for `unseen_words` (the word is held out of training), `en`, `zh`,
-`open` (place, card or ink is left to the model) and `given` (everything is named).
+Every figure is given again for `unseen_words` (the word is held out of training), `latin_words`
+(capitals and digits), `hanzi_words`, `en`, `zh` (the prompt's language: English prompts name
+Chinese words, too), `open` (place, card or ink is left to the model) and `given` (everything is
+named).
 """
 
 import argparse
@@ -36,11 +38,12 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import reader  # noqa: E402
 import sampler  # noqa: E402
+import world  # noqa: E402
 from convert_weights import Parser, UserError, number, run_command  # noqa: E402
 from files import write_whole  # noqa: E402
 from formats import path_name  # noqa: E402
 
-GROUPS = ("unseen_words", "en", "zh", "open", "given")
+GROUPS = ("unseen_words", "latin_words", "hanzi_words", "en", "zh", "open", "given")
 FIGURES = ("joint", "thing", "second", "card", "ink", "place", "side", "size", "word", "characters",
            "strict", "frechet", "std_ratio", "saturation")
 
@@ -91,9 +94,12 @@ def groups_of(prompt):
     """The names of GROUPS that a prompt belongs to."""
     wanted = data.parse(prompt)
     missing = [a for a in ("place", "card", "ink") if a not in wanted]
+    word = wanted.get("word", "")
+    script = "hanzi_words" if word and word[0] in world.HANZI else "latin_words"
     return {data.language_of(prompt),
             "open" if missing else "given",
-            "unseen_words" if data.word_held_out(wanted.get("word", "")) else ""}
+            script if word else "",
+            "unseen_words" if data.word_held_out(word) else ""}
 
 
 # --- Distributions ------------------------------------------------------------------------------
