@@ -38,7 +38,6 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import data  # noqa: E402
 import reader  # noqa: E402
 import sampler  # noqa: E402
-import world  # noqa: E402
 from convert_weights import Parser, UserError, number, run_command  # noqa: E402
 from files import write_whole  # noqa: E402
 from formats import path_name  # noqa: E402
@@ -95,7 +94,7 @@ def groups_of(prompt):
     wanted = data.parse(prompt)
     missing = [a for a in ("place", "card", "ink") if a not in wanted]
     word = wanted.get("word", "")
-    script = "hanzi_words" if word and word[0] in world.HANZI else "latin_words"
+    script = "latin_words" if word.isascii() else "hanzi_words"
     return {data.language_of(prompt),
             "open" if missing else "given",
             script if word else "",

@@ -88,7 +88,7 @@ def ca_truncated(high, pipeline, args):
     """No CA at re-noising times above `high`, like cfg_truncation of sampler.sample."""
     def ca(teacher, x, t, *others):
         delta = cfg_augmentation(teacher, x, t, *others)
-        return delta * (t <= high).to(delta).view(-1, *[1] * (x.ndim - 1))
+        return delta * distill.per_item(t <= high, x)
     return {"ca": ca}
 
 
