@@ -207,12 +207,24 @@ class Processes:
         """Where another process has ended, this one ends with a sentence."""
         try:
             yield
+            self.leave()
+        except SystemExit:         # SIGINT or SIGTERM
+            self.leave()
+            raise
         except RuntimeError as error:
             told = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
             if self.count == 1 or not told:
                 raise
             raise UserError(f"process {self.rank} ends, for another one has ended or cannot be "
                             f"reached: {first_line(error)[:200]}") from None
+
+    def leave(self):
+        """Ends gloo's threads. One that runs while Python ends may abort the whole process.
+
+        See https://github.com/pytorch/pytorch/issues/190489.
+        """
+        if self.count > 1:
+            dist.destroy_process_group()
 
     def average_gradient(self, p):
         dist.all_reduce(p.grad.div_(self.count))

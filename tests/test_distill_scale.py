@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -381,6 +382,20 @@ def test_when_one_process_dies_the_others_end(command):
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "another one has ended" in output
+
+
+@pytest.mark.parametrize("ending, left", [
+    (None, 1), (SystemExit(130), 1), (RuntimeError("gloo: closed"), 0), (KeyboardInterrupt(), 0)])
+def test_processes_leave_their_group_before_python_ends(monkeypatch, ending, left):
+    """Not where another one may be in the middle of a sum: leaving would wait for it."""
+    calls = []
+    monkeypatch.setattr(scale.dist, "destroy_process_group", lambda: calls.append(1))
+    monkeypatch.setattr(scale.Processes, "__init__", three_processes)
+    with nullcontext() if ending is None else pytest.raises(BaseException), \
+            scale.Processes(CPU).end_together():
+        if ending:
+            raise ending
+    assert len(calls) == left
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(command, monkeypatch):
