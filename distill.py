@@ -130,7 +130,7 @@ SCHEDULES = {"coupled": (0, 0), "full": (0, 0), "constrained": (1, 1), "hybrid":
 def sample_tau(schedule, t, shift=1.0, generator=None):
     """Re-noising times (tau_dm, tau_ca), (B,) each, for the student's times t (Sec. 4.3).
 
-    Each is uniform from its lowest value to 1 where the shift is undone. See tutorials/05.
+    Each is uniform from its unshifted lowest value to 1, and then shifted. See tutorials/05.
     """
     draws = torch.rand(2, len(t), generator=generator, dtype=t.dtype).to(t.device)
     if schedule == "coupled":

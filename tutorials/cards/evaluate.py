@@ -12,8 +12,8 @@ and `saturation` compare contrast and color with those of the drawings, and `div
 pictures of one prompt differ: 1 is as in the drawings. --seed is that of all noise and drawings.
 Every figure is given again for `unseen_words` (the word is held out of training), `latin_words`
 (capitals and digits), `hanzi_words`, `en`, `zh` (the prompt's language: English prompts name
-Chinese words, too), `open` (place, card or ink is left to the model) and `given` (everything is
-named).
+Chinese words, too), `open` (place, card or ink is left to the model) and `given` (all three
+are named).
 """
 
 import argparse
