@@ -42,10 +42,10 @@ from tqdm import tqdm
 
 import convert_weights
 from convert_weights import UserError
-from files import alone_in, new_name, temporary, write_whole
+from files import PART, alone_in, new_name, temporary, write_whole
 from hardware import torchrun_rank
 from model import DiT, Text
-from sampler import encode_prompts
+from sampler import BUNDLED, encode_prompts
 
 # --- Number format and memory ---------------------------------------------------------------------
 
@@ -354,15 +354,23 @@ def interpolate(weights, targets, fraction):
 # --- Prompts --------------------------------------------------------------------------------------
 
 
+class PromptsChangedError(UserError):
+    """A PromptFile is not what it was."""
+
+
 class PromptFile:
     """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large.
 
-    Reading a prompt is a UserError if the file was changed or removed since then.
+    Reading a prompt is a PromptsChangedError if the file was changed or removed since then.
     """
 
     def __init__(self, path):
         self.path, self.starts, position = path, [], 0
+        if Path(path).is_fifo():
+            raise UserError(f"--prompts {path} is a pipe: prompts are read again and again, so "
+                            "give a file")
         try:
+            self.fingerprint = convert_weights.fingerprint(path)
             with open(path, "rb") as file:
                 self.state = self.state_of(file)
                 for line in file:
@@ -385,12 +393,15 @@ class PromptFile:
         return status.st_size, status.st_mtime_ns
 
     def __getitem__(self, i):
-        with suppress(OSError), open(self.path, "rb") as file:
-            if self.state_of(file) == self.state:
+        with suppress(OSError, UserError), open(self.path, "rb") as file:
+            state = self.state_of(file)
+            if state != self.state and convert_weights.fingerprint(self.path) == self.fingerprint:
+                self.state = state             # it was written again as it was
+            if state == self.state:
                 file.seek(self.starts[i])
                 return file.readline().decode("utf-8-sig").strip()
-        raise UserError(f"the prompts in {self.path} were changed or removed during the run; put "
-                        "them back and go on with --resume")
+        raise PromptsChangedError(f"the prompts in {self.path} were changed or removed during the "
+                                  "run; put them back and go on with --resume")
 
 
 def encoder_key(pipeline):
@@ -416,7 +427,9 @@ class FeatureCache:
     def __init__(self, folder, pipeline, prompts, processes):
         self.folder, self.device, note = Path(folder), pipeline.device, Path(folder) / "cache.json"
         self.width = pipeline.text_encoder.config.hidden_size
-        key = [convert_weights.fingerprint(prompts.path), encoder_key(pipeline)]
+        key = [prompts.fingerprint, encoder_key(pipeline)]
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--cache-features {folder} is a file; name a folder")
         if processes.rank == 0 and not note.exists():
             write_whole(note, lambda part: part.write_text(json.dumps({"key": key})))
         processes.from_first()
@@ -612,7 +625,9 @@ def as_arguments(args):
     return words
 
 
-OLD_FOLDERS = "checkpoints", "samples", "student"      # what --overwrite removes
+# What --overwrite removes: folder -> the names in it that are a run's own. Others are the user's.
+OLD_FOLDERS = {"checkpoints": "[0-9]{8,}", "samples": r"[0-9]{6,}\.png",
+               "student": r"(config|tokenizer)\.json|(dit|text_encoder|vae)\.safetensors"}
 OLD_FILES = "lora.safetensors", "log.jsonl", "config.json"
 
 
@@ -622,7 +637,8 @@ def check_folder(args):
     names = (*OLD_FOLDERS, *OLD_FILES) if args.overwrite else ()
     removed = [(out / name).resolve() for name in names]
     for name in ("teacher", "prompts", "cache_features"):
-        place = Path(getattr(args, name) or os.devnull).resolve()
+        default = BUNDLED[1] if name == "teacher" else os.devnull
+        place = Path(getattr(args, name) or default).resolve()
         option = f"--{name.replace('_', '-')} {place}"
         if any(old in (place, *place.parents) for old in removed):
             raise UserError(f"--overwrite would remove {option}: take another --out")
@@ -644,19 +660,57 @@ def write_config(out, config):
 
 @contextmanager
 def folder_of_run(args, config, processes):
-    """A context in which no other run can use args.out. It removes nothing.
+    """A context in which no other run can use args.out. It removes nothing that was there.
 
-    A new folder gets a config.json. UserError: see check_folder.
+    A new folder gets a config.json; a run that is refused before begin_run takes it along.
+    UserError: see check_folder.
     """
     with ExitStack() as stack:
         if processes.rank == 0:
             out = Path(args.out)
             check_folder(args)
+            was_there = out.exists()
             stack.enter_context(alone_in(out))
             if read_run(out) is None:
                 write_config(out, config)
+                stack.push(partial(remove_refused, out, was_there))
         processes.from_first()
         yield
+
+
+def remove_refused(out, was_there, kind, *_):
+    """Removes a config.json if an error of this `kind` came before begin_run. Signals are none.
+
+    It removes the folder as well, if it was made for this run.
+    """
+    if kind and issubclass(kind, Exception) and not (out / "log.jsonl").exists():
+        (out / "config.json").unlink(missing_ok=True)
+        if not was_there and not any(out.iterdir()):
+            out.rmdir()
+
+
+@contextmanager
+def saved_if_prompts_change(run):
+    """A context that saves a run of one process when its prompts are changed under it."""
+    try:
+        yield
+    except PromptsChangedError:
+        if run.processes.count == 1:           # several do not notice it in the same iteration
+            run.save_checkpoint()
+        raise
+
+
+def remove_run(out):
+    """Removes what runs have written in a folder, and what a killed one has left half-written."""
+    for name, pattern in OLD_FOLDERS.items():
+        for path in (out / name).glob("*"):
+            if re.fullmatch(pattern, path.name) or PART.fullmatch(path.name):
+                remove = shutil.rmtree if path.is_dir() else os.remove
+                remove(path)
+        with suppress(OSError):                # files of the user are in it, or it is not there
+            (out / name).rmdir()
+    for name in OLD_FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def begin_run(args, config, processes):
@@ -667,10 +721,7 @@ def begin_run(args, config, processes):
     if processes.rank == 0:
         out = Path(args.out)
         if args.overwrite:
-            for name in OLD_FOLDERS:
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in OLD_FILES:
-                (out / name).unlink(missing_ok=True)
+            remove_run(out)
         write_config(out, config)
         (out / "log.jsonl").touch()
     processes.from_first()

@@ -258,7 +258,7 @@ def test_a_signal_saves_and_ends(command, monkeypatch, number, code):
         patch.setattr(distill, "training_step", OnCall([2], lambda: os.kill(os.getpid(), number)))
         result = command(*options, "--overwrite")
     assert result.returncode == code and "--resume" in result.stderr
-    assert command.checkpoints() == ["00000002"]
+    assert command.checkpoints() == ["00000003"]       # warm-up and two iterations
     assert command.resume().returncode == 0
     assert same_tensors(whole, command.tensors())
     # The last pictures are those of the end, so only their figure differs before.
@@ -492,6 +492,36 @@ def test_a_run_inside_its_teacher(command, checkpoint):
     assert not command.out.exists()
 
 
+def test_a_run_inside_the_bundled_teacher(command, monkeypatch, tmp_path):
+    bundled = shutil.copytree(TINY, tmp_path / "teacher")
+    monkeypatch.setattr(scale, "BUNDLED", [None, bundled])
+    result = run_here(distill.main, "--prompts", command.prompts, "--out", bundled / "run")
+    assert refused(result, "--out", "run") and not (bundled / "run").exists()
+
+
+def test_a_refused_run_leaves_nothing(command, finished_run, tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    assert refused(command("--cache-features", note), "--cache-features", "note.txt is a file")
+    assert not command.out.exists() and note.read_text() == "mine"
+    command.out.mkdir()                                   # the user's own folder stays
+    assert refused(command("--cache-features", note), "--cache-features")
+    assert command.out.is_dir() and not list(command.out.iterdir())
+
+
+def test_overwrite_keeps_what_no_run_has_written(finished):
+    mine = [finished.out / name for name in ("notes.txt", "samples/mine.png", "student/notes.txt",
+                                             "checkpoints/best/x")]
+    mine[-1].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
+    left = finished.out / "samples" / ".part-0123abcd.new"  # of a run that was killed
+    left.write_text("half")
+    assert finished("--overwrite", "--iterations", 1).returncode == 0
+    assert all(path.read_text() == "mine" for path in mine) and not left.exists()
+    assert finished.checkpoints() == ["00000001", "best"] and len(finished.log()) == 1
+
+
 def test_what_is_there_is_kept(command, tmp_path):
     assert refused(command.resume(), "there is no run")
     assert command().returncode == 0
@@ -590,6 +620,32 @@ def test_prompts_that_change_during_a_run_are_refused(command):
     command.prompts.unlink()
     with pytest.raises(formats.UserError, match="removed"):
         prompts[1]
+
+
+def test_prompts_that_were_written_again_as_they_were(command):
+    prompts = scale.PromptFile(command.prompts)
+    os.utime(command.prompts, (1, 1))
+    assert prompts[1] == "a dog"
+
+
+def test_a_run_whose_prompts_change_is_saved_and_goes_on(command, monkeypatch):
+    options = ["--iterations", 4, "--warmup", 1, "--constant-rate"]
+    assert command(*options).returncode == 0
+    wanted, before = command.log_without_seconds(), command.prompts.read_text()
+    monkeypatch.setattr(distill, "training_step",
+                        OnCall({2}, lambda: command.prompts.write_text("another\n")))
+    assert refused(command(*options, "--overwrite"), "changed", "--resume")
+    monkeypatch.undo()
+    assert command.checkpoints() == ["00000003"]       # warm-up and two iterations
+    command.prompts.write_text(before)
+    assert command.resume().returncode == 0
+    assert command.log_without_seconds() == wanted
+
+
+def test_prompts_from_a_pipe_are_refused(command):
+    command.prompts.unlink()
+    os.mkfifo(command.prompts)
+    assert refused(command(), "--prompts", "pipe") and not command.out.exists()
 
 
 def test_a_teacher_of_ones_own_needs_prompts():
