@@ -387,16 +387,17 @@ def open_model(path=None, **named):
     named = {part: Path(place) for part, place in named.items() if place is not None}
     places, settings = formats.find_parts(path, named) if path is not None else ({}, {})
     files = {**places, **named}
+    settings = (formats.own_settings(named["dit"]) if "dit" in named else None) or settings
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
     if missing:
         usual = {part: formats.USUAL_FILES[part] for part in missing}
         raise UserError(
-            f"{path or 'this'} lacks {', '.join(missing)}: put {', '.join(usual.values())} beside "
-            f"it, or add {as_options(usual)}; to fetch what is missing, give --model {RELEASE} "
+            f"{path or 'this'} lacks {', '.join(missing)}: add {as_options(usual)}, or put these "
+            f"beside the file of --model; to fetch what is missing, give --model {RELEASE} "
             + as_options(files))
     networks = {kind: open_network(kind, files[kind], places.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
-    if text and not settings:
+    if text:
         settings = formats.check_settings(formats.parse_json(text, files["dit"]), files["dit"])
     tokenizer = formats.load_tokenizer(files["tokenizer"])
     formats.check_together(tokenizer, *(networks[kind].config for kind in NETWORKS))
@@ -450,7 +451,7 @@ def convert(source, target, to="ours", dtype=None, adapters=(), **named):
             configs = {kind: network.config for kind, network in model.networks.items()}
             formats.write_official_json(folder, configs, model.settings)
         tokenizer = "tokenizer/tokenizer.json" if to == "official" else "tokenizer.json"
-        model.tokenizer.save(str(folder / tokenizer))
+        formats.save_tokenizer(model.tokenizer, folder / tokenizer)
 
 
 def write_network(network, path, to, metadata, dtype=None, adapters=()):
@@ -537,7 +538,7 @@ def save_pipeline(  # noqa: PLR0913
                 state = {name: tensor.to(dtype) for name, tensor in state.items()}
             plan = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
             formats.write_safetensors(folder / f"{kind}.safetensors", plan, state.items())
-        tokenizer.save(str(folder / "tokenizer.json"))
+        formats.save_tokenizer(tokenizer, folder / "tokenizer.json")
         write_json(folder / "config.json", {**sections, **formats.check_settings(settings, path)})
 
 
@@ -581,7 +582,7 @@ def main():
 def run_command(main):
     """Runs a command line: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", sys.stderr)
     gc.freeze()    # what was imported stays; to search it for garbage takes .2 s each time
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (the user closed it)
@@ -594,8 +595,8 @@ def run_command(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                  # no permission, a name too long, a device is gone
-        where = error.filename or "standard output"
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)

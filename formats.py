@@ -998,7 +998,7 @@ def load_tokenizer(path):
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:                # the library raises bare Exception
         raise UserError(f"{path} is not a tokenizer file: {error}") from None
     tokenizer.no_padding()
@@ -1015,6 +1015,11 @@ def load_tokenizer(path):
                         "was not trained with")
     check_added_tokens(tokenizer, path.parent / "tokenizer_config.json")
     return tokenizer
+
+
+def save_tokenizer(tokenizer, path):
+    """Writes a tokenizer.json. The library cannot: it takes only names that are UTF-8."""
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def check_added_tokens(tokenizer, path):
@@ -1098,11 +1103,11 @@ SAMPLING_FILE = "sampling.json"       # our settings in an official directory, b
 def find_parts(path, named):
     """The parts of a model that are not named: {part: file or folder}, and its settings."""
     path = located(path, named)
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    if NETWORKS.keys() & config.keys() or (config and (path / "dit.safetensors").exists()):
-        settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
-        places = {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}
-        return places, check_settings({"shift": None, **settings}, path / "config.json")
+    own = own_settings(path)
+    if own is not None:
+        return {**dict.fromkeys(NETWORKS, path), "tokenizer": path / "tokenizer.json"}, own
+    if path.is_file() and path.stem in NETWORKS and own_settings(path.parent) is not None:
+        raise UserError(f"{path} is one of the files of a model; give --model {path.parent}")
     if not (path / "transformer").is_dir() and not (path / "model_index.json").exists():
         return find_single_files(path, named), {}
     source = path / "scheduler" / "scheduler_config.json"
@@ -1117,6 +1122,16 @@ def find_parts(path, named):
     places = {kind: path / folder for kind, folder in FOLDERS.items()}
     places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
     return places, check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def own_settings(folder):
+    """The settings in the config.json of a folder in our layout; None for any other path."""
+    place = folder / "config.json"
+    config = read_json(place) if place.exists() else {}
+    if not (NETWORKS.keys() & config.keys() or (config and (folder / "dit.safetensors").exists())):
+        return None
+    settings = {key: config[key] for key in config.keys() - NETWORKS.keys()}
+    return check_settings({"shift": None, **settings}, place)
 
 
 def path_name(text):

@@ -270,6 +270,28 @@ def test_parts_replace_those_of_the_model(comfy):
     assert checkpoint.settings["shift"] == 3.0 and not checkpoint.shift_assumed
 
 
+def test_settings_are_those_of_the_dit(comfy, tmp_path):
+    own = tmp_path / "own"
+    convert_weights.convert(TINY, own)
+    config = json.loads((own / "config.json").read_text()) | {"steps": 3, "shift": 5.0}
+    (own / "config.json").write_text(json.dumps(config))
+    for model in (TINY, comfy):
+        settings = convert_weights.open_model(model, dit=own).settings
+        assert (settings["steps"], settings["shift"]) == (3, 5.0)
+    single = comfy / "z_image.safetensors"
+    assert convert_weights.open_model(own, dit=single).settings["shift"] == 3.0
+    with pytest.raises(UserError, match=f"give --model {own}"):
+        convert_weights.open_model(own / "dit.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    for number, layout in enumerate(("ours", "comfy", "official")):
+        place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xe9" + b"%d" % number))
+        convert_weights.convert(TINY, place, to=layout)
+        assert sampler.load_pipeline(place).shift == 3.0
+
+
 def test_a_single_file_finds_what_lies_beside_it(comfy, tmp_path):
     checkpoint = convert_weights.open_model(comfy / "z_image.safetensors")
     assert checkpoint.files["vae"] == comfy / "ae.safetensors"
@@ -278,8 +300,8 @@ def test_a_single_file_finds_what_lies_beside_it(comfy, tmp_path):
     with pytest.raises(UserError) as error:
         convert_weights.open_model(alone)
     for words in ("lacks text_encoder, vae, tokenizer",
-                  "put qwen_3_4b.safetensors, ae.safetensors, tokenizer.json beside",
-                  "--text-encoder qwen_3_4b.safetensors --vae ae.safet",
+                  "add --text-encoder qwen_3_4b.safetensors --vae ae.safetensors --tokenizer "
+                  "tokenizer.json, or put these beside the file of --model",
                   f"--model Tongyi-MAI/Z-Image-Turbo --dit {alone}"):
         assert words in str(error.value)
     with pytest.raises(UserError) as error:
