@@ -1,6 +1,6 @@
 """Decoupled DMD: distils a many-step teacher into a few-step student, from prompts alone.
 
-    python distill.py                                            the bundled teacher, in 30 minutes
+    python distill.py                                            the bundled teacher: half an hour
     python distill.py --teacher DIR --prompts FILE --out DIR     any other teacher
 
 "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield" (2511.22677).
@@ -18,9 +18,9 @@ there say where to push x. The push has two terms, each with its own tau and noi
 alpha is the guidance scale; the guidance of sampler.py is alpha - 1. What differs from Algorithm 1:
   - The fake learns velocities: the paper's loss |x_hat - x|^2 divided by (1 - tau)^2.
   - It learns on the images made before the student's update; the paper makes new ones.
-Where the paper says nothing: z_t comes from Euler steps, a batch is at one step, and each term is
-divided by mean |x - x_hat(teacher, text)| of its item. The fake learns five times as fast, without
-momentum; the student's rate falls to 0; averages are saved. Measured: tutorials/cards/results.md.
+Where the paper says nothing: z_t comes from Euler steps; a batch trains one step; each term is
+divided by mean |x - x_hat(teacher, text)| of its item; the fake learns five times as fast, without
+momentum; the student's rate falls to 0. Running averages of the student's weights are saved.
 """
 
 import json
@@ -182,10 +182,10 @@ def training_step(nets, text, null_text, noise, settings, generator=None):
     noise_ca = noise_dm if s.schedule == "coupled" else normal_like(x, generator)
     dm = nets.dm(nets.teacher, nets.fake, x, tau_dm, text, noise_dm, s.normalize)
     ca = nets.ca(nets.teacher, x, tau_ca, text, null_text, s.alpha, noise_ca, s.normalize)
-    loss = proxy_loss(x, dm + ca) + nets.shield.loss(x)
+    loss = proxy_loss(x, dm + ca) + nets.other_shield.loss(x)
     update(loss, nets.student_optimizer, s.clip)
 
-    nets.shield.update(x.detach())
+    nets.other_shield.update(x.detach())
     losses = train_fake(nets, x, t, text, s, generator)
     return {"loss": loss.item(), **losses, **term_metrics(x, dm, ca)}
 
@@ -204,8 +204,8 @@ def train_fake(nets, x, t, text, settings, generator=None):
 # --- The parts of an iteration --------------------------------------------------------------------
 
 
-class NoShield:
-    """A regularizer of the student beside DM: none. tutorials/shields.py has two."""
+class NoOtherShield:
+    """A shield beside DM or in its place: here none. tutorials/shields.py has two."""
 
     def loss(self, x):
         return 0.0
@@ -225,7 +225,7 @@ class Nets:
     dm: Callable = distribution_matching
     ca: Callable = cfg_augmentation
     fake_loss: Callable = fake_loss
-    shield: NoShield = field(default_factory=NoShield)
+    other_shield: NoOtherShield = field(default_factory=NoOtherShield)
 
 
 def no_dm(teacher, fake, x, *_):
@@ -268,7 +268,7 @@ def warm_up(nets, text, noise, settings, generator=None):
 
 # --- The run --------------------------------------------------------------------------------------
 
-RAMP = 20              # updates over which the student's learning rate rises to its full value
+RAMP = 20              # updates in which the student's learning rate would rise to --lr
 MAX_SKIPPED = 10       # iterations in a row without a finite gradient that end a run
 
 
@@ -337,8 +337,8 @@ class Run:
 
     def warm_up_once(self, i):
         """The fake alone learns what the student makes at the start."""
-        self.progress.warmed = i + 1
         self.attempt(warm_up, *self.batch(i))
+        self.progress.warmed = i + 1
 
     def attempt(self, step, *arguments):
         """step(nets, *arguments) -> its metrics; None, and counted, if a gradient is not finite.
@@ -465,7 +465,7 @@ class Run:
 
 
 def learning_rate(i, args):
-    """The student's rate in update i (from 0): up over RAMP updates, then linearly to 0."""
+    """The student's rate in update i: the smaller of a rise over RAMP updates and a fall to 0."""
     fall = 1 if args.constant_rate else 1 - i / args.iterations
     return args.lr * max(min((i + 1) / RAMP, fall), 0)
 
@@ -485,7 +485,7 @@ def train(run, callback=None):
     # for both passes: --checkpoint-activations computes blocks again in the backward pass.
     is_cpu = run.pipeline.device.type == "cpu"
     kernel = sdpa_kernel(SDPBackend.MATH) if is_cpu else nullcontext()
-    with scale.StopSignals() as stop, bar, kernel:
+    with scale.StopSignals() as stop, scale.saved_if_prompts_change(run), bar, kernel:
         for i in range(p.warmed, args.warmup):
             run.warm_up_once(i)
             bar.update()
@@ -532,14 +532,14 @@ def parse_arguments(arguments=None):
             ("teacher", model_name, None, "DIR", "an undistilled model (default: the bundled one)"),
             ("prompts", absolute, None, "FILE", "one prompt a line (default: the bundled ones)"),
             ("out", formats.path_name, "runs/distil", "DIR", "directory of the run"),
-            ("steps", step_numbers, "4,1,2,8", "N[,N...]", "of the student; of several numbers one "
+            ("steps", step_numbers, "4,1,2,8", "N[,N...]", "steps of the student; of several one "
              "is drawn in each iteration, and the first is its default for sampling"),
             ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
-            ("shift", number(above=0, high=1e3), None, "S", "of times (default: the teacher's)"),
-            ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
+            ("shift", number(above=0, high=1e3), None, "S", "time shift (default: the teacher's)"),
+            ("size", whole(1, 2 ** 15), None, "PIXELS", "of an image (default: the teacher's)"),
             ("iterations", whole(1, 10 ** 8), 300, "N", "updates of the student"),
-            ("batch-size", whole(1, 10 ** 5), 16, "N", "of all processes together"),
-            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "for one of the student"),
+            ("batch-size", whole(1, 10 ** 5), 16, "N", "prompts in an iteration"),
+            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "updates of the fake in one"),
             ("warmup", whole(0, 10 ** 8), 0, "N", "iterations of the fake alone before the first"),
             ("lr", number(0, 100), 2e-4, "R", "the student's learning rate"),
             ("fake-lr", number(0, 100), 1e-3, "R", "the fake's learning rate"),
@@ -548,7 +548,7 @@ def parse_arguments(arguments=None):
             ("lora", whole(1, 10 ** 5), None, "RANK", "train low-rank adapters in one teacher"),
             ("accumulate", whole(1, 10 ** 4), 1, "K", "compute each batch in K parts"),
             ("cache-features", absolute, None, "DIR", "encode all prompts once, into it"),
-            ("seed", whole(0, 10 ** 12), 0, "N", "of all draws"),
+            ("seed", whole(0, 10 ** 12), 0, "N", "seed of all draws"),
             ("sample-every", whole(1, 10 ** 8), 100, "N", "iterations between checkpoints"),
             ("keep", whole(1, 10 ** 5), 2, "N", "checkpoints that are kept"),
             ("log-every", whole(1, 10 ** 8), 10, "N", "iterations in one line of log.jsonl"),

@@ -239,7 +239,7 @@ def unpatchify(tokens, h, w):
 def joint_positions(lengths, m, h, w):
     """Positions (frame, row, column) of all tokens, image first: (B, N + m, 3).
 
-        caption tokens   (1, 0, 0)  (2, 0, 0)  ...  (k, 0, 0)     k: caption length, padded to 32
+        caption tokens   (1, 0, 0)  (2, 0, 0)  ...  (k, 0, 0)     k: its length with padding
         image tokens     (k + 1, 0, 0)  (k + 1, 0, 1)  ...        one frame, after the caption
                          (k + 1, 1, 0)  (k + 1, 1, 1)  ...
         image padding    (0, 0, 0)

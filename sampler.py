@@ -152,7 +152,7 @@ def generate(pipeline, prompts, height=None, width=None, steps=None, guidance=No
     """Prompts (a string or a list of B) -> B images in one batch. None: as the model recommends.
 
     Image i depends on prompt i and on seed + i only, up to rounding.
-    noise (B, C, h, w): takes the place of what the seeds draw. times: of `steps` and `shift`.
+    noise (B, C, h, w) takes the place of what the seeds draw, `times` that of steps and shift.
     output: "pil", a list; "tensor", (B, 3, H, W) in [0, 1]; "latent", (B, C, h, w).
     sample_options: the arguments of `sample` from cfg_normalization on.
     """
@@ -255,8 +255,8 @@ def recommended_times(pipeline, steps=None, shift=None):
     trained = pipeline.trained_steps or steps
     numbers = trained if isinstance(trained, (list, tuple)) else [trained]
     if not min(numbers) <= steps <= max(numbers):
-        warnings.warn(f"distilled for {trained} steps: fewer are worse, more may help",
-                      stacklevel=2)
+        known = ", ".join(map(str, sorted(numbers)))
+        warnings.warn(f"this model was distilled for {known} steps, not for {steps}", stacklevel=2)
     return time_schedule(steps, setting(shift, pipeline.shift))
 
 
@@ -333,10 +333,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, adapters=(), keep=Non
         text_encoder=load_text_encoder(networks["text_encoder"], device, dtype, **how),
         dit=load_dit(networks["dit"], device, dtype, adapters=adapters, **how),
         vae=load_vae(networks["vae"], device, torch.float32),
-        name=model.name,
-        device=torch.device(device),
-        **model.settings,
-    )
+        name=model.name, device=torch.device(device), **model.settings)
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -345,7 +342,7 @@ BUNDLED = [Path(__file__).resolve().parent / "tutorials" / name
            for name in ("cards/student", "cards/teacher")]
 DEFAULTS = {"seed": 0, "num_images": 1, "batch_size": 1, "negative_prompt": "", "strength": 0.6,
             "cfg_normalization": 0.0, "cfg_truncation": 1.0, "guidance_every": 1, "device": "auto",
-            "upscale": "lanczos", "out": Path("image.png"), "lora": []}
+            "upscale": "lanczos", "lora": []}
 OF_GUIDANCE = "negative_prompt", "cfg_normalization", "cfg_truncation", "guidance_every"
 # The options that a picture may name, for --like; make_record writes them.
 RECORDED = {"seed", "size", "batch_size", "dtype", "upscale", "weights", "attention", "compile",
@@ -388,7 +385,7 @@ def make_parser():
         lora=None, device=None, seed=None)
     add("--like", type=formats.path_name, metavar="PICTURE.png", help="take prompt and settings "
         "from a picture that this program made; other options win")
-    add("--out", type=png_name, metavar="FILE.png", help="default image.png, or image-1.png ...")
+    add("--out", type=png_name, default="image.png", help="default image.png, or image-1.png ...")
     add("--num-images", type=number(1, 10 ** 6, int), help="images of each prompt (default 1)")
     add("--batch-size", type=number(1, 1024, int), help="images computed at once (default 1)")
     add("--size", type=width_and_height, metavar="WxH", help="pixels, such as 1280x720; multiples "
@@ -594,6 +591,8 @@ def fit_size(pipeline, image, height=None, width=None):
         return min(max(round(side), 1), limit)
 
     def misfit(shape):
+        # Proportions count most; too many pixels cost more than too few. Rows x columns is free to
+        # be up to a quarter above `area`, for the sake of the proportions.
         rows, columns = shape
         larger = math.log(rows * columns / area)
         return 2 * abs(math.log(columns / rows / ratio)) + abs(larger) + max(2 * larger, 0)

@@ -91,6 +91,11 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "cat-1.png").exists()
 
 
+def test_the_default_name_is_checked_before_drawing(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert refused(run_here(sampler.main, "a cat", *SMALL), "--out", "written to")
+
+
 @pytest.mark.parametrize("words, size", [
     ([], (256, 256)), (["--upscale", "none"], (64, 64)), (["--size", "48x32"], (48, 32)),
     (["--width", 32], (32, 64)), (["--size", "48x32", "--upscale", "nearest"], (384, 256))])

@@ -393,10 +393,10 @@ class Pull:
 
 
 def test_a_shield_adds_its_loss_and_is_updated():
-    nets = make_nets(shield=Pull())
+    nets = make_nets(other_shield=Pull())
     plain = training_step(make_nets(), *inputs(), Settings(), generator())
     shielded = training_step(nets, *inputs(), Settings(), generator())
-    assert shielded["loss"] > plain["loss"] + 100 and nets.shield.updates == 1
+    assert shielded["loss"] > plain["loss"] + 100 and nets.other_shield.updates == 1
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e9])

@@ -56,7 +56,7 @@ def test_mean_variance_kl_is_zero_and_flat_at_the_target():
 
 def test_it_pulls_the_student_to_the_statistics_of_real_data():
     real = 0.2 * torch.randn(500, D, generator=generator(1)) + 3
-    nets = make_nets(dm=no_dm, shield=shields.MeanVarianceShield(real))
+    nets = make_nets(dm=no_dm, other_shield=shields.MeanVarianceShield(real))
     for i in range(300):
         training_step(nets, *inputs(), Settings(steps=1, alpha=1.0, fake_updates=0), generator(i))
     text, _, noise = inputs()
@@ -128,7 +128,7 @@ def test_the_gan_shield_moves_student_and_discriminator():
     judge, frozen = discriminator()
     frozen.float()
     shield = shields.GANShield(judge, torch.randn(9, D), torch.zeros(1, 3), weight=1.0)
-    nets = make_nets(dm=no_dm, shield=shield)
+    nets = make_nets(dm=no_dm, other_shield=shield)
     before = weights(nets.student), weights(judge), weights(frozen)
     training_step(nets, *inputs(), Settings(alpha=1.0, fake_updates=0), generator())
     after = weights(nets.student), weights(judge), weights(frozen)

@@ -1,7 +1,8 @@
 """Two other shields for the spear: a mean/variance KL and a GAN (Sec. 3.2 of the paper).
 
 The paper's claim: CA needs some regularizer, and DM is one of several. Either of these takes DM's
-place as `shield` of distill.Nets or distill.train, with `dm=distill.no_dm` and no fake updates.
+place as `other_shield` of distill.Nets or distill.Run, with `dm=distill.no_dm` and no updates of
+the fake.
 Both need real data x (M, ...), which DM does not.
 """
 

@@ -60,7 +60,7 @@ def real_latents(pipeline, count=512):
 
 
 def mean_variance(pipeline, args):
-    return {"dm": no_dm, "shield": shields.MeanVarianceShield(real_latents(pipeline))}
+    return {"dm": no_dm, "other_shield": shields.MeanVarianceShield(real_latents(pipeline))}
 
 
 def gan(pipeline, args):
@@ -70,7 +70,7 @@ def gan(pipeline, args):
     features = shields.first_layers(dit, len(dit.layers) // 2 + 1)
     discriminator = shields.Discriminator(features, dit.config.dim // 4).to(pipeline.device)
     null_text = sampler.encode_prompts(pipeline, [""])
-    return {"dm": no_dm, "shield": shields.GANShield(
+    return {"dm": no_dm, "other_shield": shields.GANShield(
         discriminator, real_latents(pipeline), null_text, shift=pipeline.shift, seed=args.seed)}
 
 
