@@ -1,6 +1,7 @@
 """The cards world: drawings, captions and what they mean, tokens, the reader, its calibration."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -432,6 +433,11 @@ def test_noise_is_that_of_the_sampler(monkeypatch):
     latents = evaluate.sample_latents(pipeline, ["a"] * 5, 2, 0.0, seed=7, batch=2)
     wanted, _ = sampler.latent_noise(pipeline, 128, 128, 7, 5)
     torch.testing.assert_close(latents, wanted)
+    again = evaluate.sample_latents(pipeline, ["a"] * 5, 2, 0.0, seed=7, batch=2, restarts=1)
+    fresh, _ = sampler.latent_noise(pipeline, 128, 128, 7 + evaluate.RESTART_SEEDS, 5)
+    torch.testing.assert_close(again, 0.25 * wanted + 0.75 * fresh)      # times 0, 1/4, 1
+    with pytest.raises(convert_weights.UserError, match="--restarts"):
+        evaluate.sample_latents(pipeline, ["a"] * 5, 1, 0.0, restarts=1)
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -442,7 +448,7 @@ class FakePipeline:
 
 
 def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
-    assert options == {"guidance_every": 1, "cfg_truncation": 1.0}
+    assert options == {"guidance_every": 1, "cfg_truncation": 1.0, "restarts": 0}
     perfect_images.seeds.add(seed)
     return evaluate.drawings(prompts, 5)
 
@@ -486,12 +492,15 @@ def test_quantized_weights_and_less_guidance(tmp_path, monkeypatch):
     run = partial(run_here, evaluate.main, "--model", Path(evaluate.HERE, "teacher"),
                   "--steps", 2, "--guidance", 2, "--prompts", prompts, "--json", out)
     pictures = []
-    for options in ([], ["--weights", "int8"], ["--cfg-truncation", 0.1], ["--guidance-every", 2]):
+    for options in ([], ["--weights", "int8"], ["--cfg-truncation", 0.1], ["--guidance-every", 2],
+                    ["--restarts", 2]):
         assert run(*options).returncode == 0
         pictures.append(scored.calls[-1][0])
     row = json.loads(out.read_text(encoding="utf-8"))
-    assert row["guidance_every"] == 2 and row["weights"] is None and row["cfg_truncation"] == 1
-    plain, int8, truncated, reused = pictures
+    assert row["guidance_every"] == 1 and row["weights"] is None and row["cfg_truncation"] == 1
+    assert row["restarts"] == 2
+    plain, int8, truncated, reused, again = pictures
+    assert 0 < (again - plain).square().mean() < 2 * plain.var()
     assert 0 < (int8 - plain).square().mean() < 0.2 * plain.var()
     assert 0 < (reused - plain).square().mean() < plain.var()
     assert 0 < (truncated - plain).square().mean() < plain.var()
@@ -503,6 +512,16 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
     for place in (tmp_path, tmp_path / "nowhere" / "out.json"):
         assert run(monkeypatch, "--model", "x", "--json", place) == 2
     assert not list(tmp_path.iterdir())
+    notes, older = tmp_path / "notes.json", tmp_path / "older.json"
+    notes.write_text('{"mine": 1}')
+    assert run(monkeypatch, "--model", "x", "--json", notes) == 2
+    assert notes.read_text() == '{"mine": 1}'
+    older.write_text('[{"joint": 0.5}]')
+    assert run(monkeypatch, "--model", "x", "--count", 2, "--json", older) == 0
+    assert json.loads(older.read_text())["count"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert run(monkeypatch, "--model", "x", "--json", older) == 2
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     assert run(monkeypatch, "--model", "x", "--prompts", empty) == 2

@@ -74,7 +74,7 @@ def parse_arguments():
     add("--steps", type=number(1, 1000, int), default=4, metavar="N")
     add("--count", type=number(1, 10 ** 6, int), default=200, metavar="K", help="held-out prompts")
     add("--seed", type=number(0, 10 ** 6, int), default=0, metavar="S")
-    add("--json", type=evaluate.new_json, metavar="OUT", help="write all figures to this file")
+    add("--json", type=evaluate.json_name, metavar="OUT", help="write all figures to this file")
     add("--out", metavar="DIR", help="write the student of --share F to this new directory")
     return parser.parse_args()
 

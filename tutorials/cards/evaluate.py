@@ -98,7 +98,7 @@ def groups_of(prompt):
     return {data.language_of(prompt),
             "open" if missing else "given",
             script if word else "",
-            "unseen_words" if data.word_held_out(word) else ""}
+            "unseen_words" if data.word_held_out(word) else ""} - {""}
 
 
 # --- Distributions ------------------------------------------------------------------------------
@@ -197,22 +197,35 @@ def figures(readings, prompts, rows, chosen):
 # --- Sampling -----------------------------------------------------------------------------------
 
 
+RESTART_TIME = 0.2       # the layout stays, and what the word looks like is drawn again
+RESTART_SEEDS = 10 ** 9  # seeds of the next round of noise: no other prompt has them
+
+
 @torch.no_grad()
-def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, **options):
+def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, restarts=0, **options):
     """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler.
 
+    restarts: how often the result is noised again, to RESTART_TIME or just after it, and goes
+    through the rest of the schedule once more (Restart sampling, arXiv 2306.14878).
     options: of sampler.sample.
     """
     latents, device = [], next(pipeline.dit.parameters()).device
     times = sampler.time_schedule(steps, pipeline.shift)
+    again = times[times >= RESTART_TIME]
+    if restarts and len(again) < 2:
+        raise UserError(f"--restarts has no effect in {steps} step: take more")
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     title = f"{steps} steps, guidance {guidance:g}"
     for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
         part = prompts[start:start + batch]
-        noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE, seed + start, len(part))
-        text = sampler.encode_prompts(pipeline, part)
-        latents.append(sampler.sample(pipeline.dit, noise.to(device), text, times,
-                                      guidance=guidance, negative=negative, **options))
+        text, x = sampler.encode_prompts(pipeline, part), 0
+        for i in range(restarts + 1):
+            noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE,
+                                            seed + start + i * RESTART_SEEDS, len(part))
+            way = again if i else times
+            x = sampler.sample(pipeline.dit, way[0] * x + (1 - way[0]) * noise.to(device), text,
+                               way, guidance=guidance, negative=negative, **options)
+        latents.append(x)
     return torch.cat(latents)
 
 
@@ -270,11 +283,31 @@ def diversity(pipeline, steps, guidance, seed=0, **options):
 # --- Command line -------------------------------------------------------------------------------
 
 
-def new_json(path):
-    """An argparse type: where a file can be written. To find out after an hour would be late."""
-    if not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+def json_name(path):
+    """An argparse type: where a file can be written. To find out after an hour would be late.
+
+    A file that is there already has to be one of this program.
+    """
+    folder = os.path.dirname(path) or "."
+    if not path or os.path.isdir(path) or not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{path!r} is a folder, or lies in none")
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{folder} is no directory that can be written to")
+    if os.path.isfile(path) and not holds_results(path):
+        raise argparse.ArgumentTypeError(f"{path} exists and holds no results of this program")
     return path
+
+
+def holds_results(path):
+    """Whether a file is empty or one that write_json has written."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        rows = json.loads(text or "[]")
+    except (OSError, ValueError):
+        return False
+    rows = rows if isinstance(rows, list) else [rows]
+    return all(isinstance(row, dict) and "joint" in row for row in rows)
 
 
 def arguments():
@@ -291,6 +324,9 @@ def arguments():
                         help="compute v - v_negative in every K-th step only (default: 1)")
     parser.add_argument("--cfg-truncation", type=number(0, 1), default=1.0, metavar="T",
                         help="no guidance once t is above T (default: 1)")
+    parser.add_argument("--restarts", type=number(0, 100, int), default=0, metavar="K",
+                        help=f"noise the result again, to t = {RESTART_TIME}, and sample on from "
+                             "there, K times (default: 0)")
     parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cuda, mps or cpu")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
@@ -299,7 +335,7 @@ def arguments():
                         help="of the noise, and of the prompts without a file (default: 0)")
     parser.add_argument("--prompts", type=path_name, metavar="FILE",
                         help="one prompt a line; the first K (default: K held-out prompts)")
-    parser.add_argument("--json", type=new_json, metavar="OUT",
+    parser.add_argument("--json", type=json_name, metavar="OUT",
                         help="write all figures to this file")
     return parser.parse_args()
 
@@ -336,7 +372,7 @@ def without_nan(value):
 def write_json(path, rows):
     """One run is one object; several are a list."""
     rows = [without_nan(row) for row in rows]
-    text = json.dumps(rows[0] if len(rows) == 1 else rows, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
@@ -357,7 +393,8 @@ def main():
     for pipeline in pipelines if args.weights else ():
         sampler.quantize(pipeline.dit, args.weights)
         sampler.quantize(pipeline.text_encoder, args.weights)
-    options = {"guidance_every": args.guidance_every, "cfg_truncation": args.cfg_truncation}
+    options = {"guidance_every": args.guidance_every, "cfg_truncation": args.cfg_truncation,
+               "restarts": args.restarts}
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
     row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
