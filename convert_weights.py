@@ -387,7 +387,7 @@ def open_model(path=None, **named):
     named = {part: Path(place) for part, place in named.items() if place is not None}
     places, settings = formats.find_parts(path, named) if path is not None else ({}, {})
     files = {**places, **named}
-    settings = (formats.own_settings(named["dit"]) if "dit" in named else None) or settings
+    settings = (formats.settings_of_dit(named["dit"]) if "dit" in named else None) or settings
     missing = [part for part in (*NETWORKS, "tokenizer") if part not in files]
     if missing:
         usual = {part: formats.USUAL_FILES[part] for part in missing}

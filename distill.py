@@ -536,10 +536,10 @@ def parse_arguments(arguments=None):
              "is drawn in each iteration, and the first is its default for sampling"),
             ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
             ("shift", number(above=0, high=1e3), None, "S", "time shift (default: the teacher's)"),
-            ("size", whole(1, 2 ** 15), None, "PIXELS", "of an image (default: the teacher's)"),
+            ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
             ("iterations", whole(1, 10 ** 8), 300, "N", "updates of the student"),
             ("batch-size", whole(1, 10 ** 5), 16, "N", "prompts in an iteration"),
-            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "updates of the fake in one"),
+            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "updates of the fake in each"),
             ("warmup", whole(0, 10 ** 8), 0, "N", "iterations of the fake alone before the first"),
             ("lr", number(0, 100), 2e-4, "R", "the student's learning rate"),
             ("fake-lr", number(0, 100), 1e-3, "R", "the fake's learning rate"),
@@ -678,7 +678,7 @@ def main():
     if processes.rank == 0:
         student = str(Path(args.out) / "student")
         print(f"the student is in {student}; to sample it:\n"
-              f"    {scale.sampling_command(prompts[0], student)}")
+              f"    {scale.sampling_command(prompts.first, student)}")
 
 
 if __name__ == "__main__":

@@ -1110,6 +1110,16 @@ def find_parts(path, named):
         raise UserError(f"{path} is one of the files of a model; give --model {path.parent}")
     if not (path / "transformer").is_dir() and not (path / "model_index.json").exists():
         return find_single_files(path, named), {}
+    settings = official_settings(path)
+    check_chat_template(path / "tokenizer")
+    check_model_index(path / "model_index.json")
+    places = {kind: path / folder for kind, folder in FOLDERS.items()}
+    places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
+    return places, settings
+
+
+def official_settings(path):
+    """The settings of a model in the official layout: scheduler, and what a student adds."""
     source = path / "scheduler" / "scheduler_config.json"
     config = read_json(source)
     check_official(config, "scheduler", source, {"shift"})
@@ -1117,11 +1127,18 @@ def find_parts(path, named):
     check_settings(more, path / SAMPLING_FILE)
     if "shift" in more:
         raise UserError(f"{path / SAMPLING_FILE}: the shift belongs into {source}")
-    check_chat_template(path / "tokenizer")
-    check_model_index(path / "model_index.json")
-    places = {kind: path / folder for kind, folder in FOLDERS.items()}
-    places["tokenizer"] = path / "tokenizer" / "tokenizer.json"
-    return places, check_settings({**more, "shift": config.get("shift")}, source)
+    return check_settings({**more, "shift": config.get("shift")}, source)
+
+
+def settings_of_dit(place):
+    """The settings of the model that a DiT's file or folder is of; None where nothing says them."""
+    folder = place if place.is_dir() else place.parent
+    if place.is_dir() or place.stem == "dit":
+        own = own_settings(folder)
+        if own is not None:
+            return own
+    is_official = folder.name == "transformer" and (folder.parent / "scheduler").is_dir()
+    return official_settings(folder.parent) if is_official else None
 
 
 def own_settings(folder):
@@ -1378,7 +1395,8 @@ def fingerprint(path):
     try:
         for file in models or files:
             size = file.stat().st_size
-            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+            name = file.relative_to(path).as_posix()
+            digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
             is_sampled = size > 1 << 26 and file.suffix in (".safetensors", ".gguf")
             with open(file, "rb") as data:
                 for i in range(1024 if is_sampled else 0):

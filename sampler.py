@@ -385,7 +385,7 @@ def make_parser():
         lora=None, device=None, seed=None)
     add("--like", type=formats.path_name, metavar="PICTURE.png", help="take prompt and settings "
         "from a picture that this program made; other options win")
-    add("--out", type=png_name, default="image.png", help="default image.png, or image-1.png ...")
+    add("--out", type=png_name, default="image.png", metavar="FILE.png", help="default image.png")
     add("--num-images", type=number(1, 10 ** 6, int), help="images of each prompt (default 1)")
     add("--batch-size", type=number(1, 1024, int), help="images computed at once (default 1)")
     add("--size", type=width_and_height, metavar="WxH", help="pixels, such as 1280x720; multiples "
@@ -493,7 +493,7 @@ def read_recorded(parser, args):
         if not {*names} <= RECORDED:
             raise UserError(f"it names options that no picture has: {[*names]!r}"[:200])
         words = [word_of(name, text[name]) for name in names]
-        known = vars(parser.parse_args(words))
+        known = vars(parser.parse_args([*words, "--out", str(args.out)]))
         known["width"], known["height"] = known.pop("size")
         known["prompt"] = [] if args.prompts else [text["prompt"]]
         recorded_files = json.loads(text["files"])

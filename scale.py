@@ -204,7 +204,11 @@ class Processes:
 
     @contextmanager
     def end_together(self):
-        """Where another process has ended, this one ends with a sentence."""
+        """Where another process has ended, this one ends with a sentence.
+
+        It leaves the group at the end of the block and after SystemExit. After an error it does
+        not: another process may be in the middle of a sum, and leaving would wait for it.
+        """
         try:
             yield
             self.leave()
@@ -219,7 +223,7 @@ class Processes:
                             f"reached: {first_line(error)[:200]}") from None
 
     def leave(self):
-        """Ends gloo's threads. One that runs while Python ends may abort the whole process.
+        """Ends the group and its threads. One of gloo's that runs on may abort Python's end.
 
         See https://github.com/pytorch/pytorch/issues/190489.
         """
@@ -366,11 +370,9 @@ class PromptFile:
 
     def __init__(self, path):
         self.path, self.starts, position = path, [], 0
-        if Path(path).is_fifo():
-            raise UserError(f"--prompts {path} is a pipe: prompts are read again and again, so "
-                            "give a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"--prompts {path} is no file, and prompts are read again and again")
         try:
-            self.fingerprint = convert_weights.fingerprint(path)
             with open(path, "rb") as file:
                 self.state = self.state_of(file)
                 for line in file:
@@ -382,6 +384,8 @@ class PromptFile:
             raise UserError(f"cannot read the prompts in {path}: {reason}") from None
         if not self.starts:
             raise UserError(f"--prompts: there is no prompt in {path}")
+        self.fingerprint = convert_weights.fingerprint(path)
+        self.first = self[0]
 
     def __len__(self):
         return len(self.starts)
@@ -662,7 +666,7 @@ def write_config(out, config):
 def folder_of_run(args, config, processes):
     """A context in which no other run can use args.out. It removes nothing that was there.
 
-    A new folder gets a config.json; a run that is refused before begin_run takes it along.
+    A new folder gets a config.json, which goes again if the run is refused before begin_run.
     UserError: see check_folder.
     """
     with ExitStack() as stack:
@@ -679,13 +683,14 @@ def folder_of_run(args, config, processes):
 
 
 def remove_refused(out, was_there, kind, *_):
-    """Removes a config.json if an error of this `kind` came before begin_run. Signals are none.
+    """After an error before begin_run, which makes log.jsonl: removes the config.json again.
 
-    It removes the folder as well, if it was made for this run.
+    The folder goes, too, if it was made for this run. Nothing goes if something else is in it, such
+    as cached features, or if the process was asked to end (`kind` is then no Exception).
     """
-    if kind and issubclass(kind, Exception) and not (out / "log.jsonl").exists():
-        (out / "config.json").unlink(missing_ok=True)
-        if not was_there and not any(out.iterdir()):
+    if kind and issubclass(kind, Exception) and [p.name for p in out.iterdir()] == ["config.json"]:
+        (out / "config.json").unlink()
+        if not was_there:
             out.rmdir()
 
 
@@ -705,12 +710,14 @@ def remove_run(out):
     for name, pattern in OLD_FOLDERS.items():
         for path in (out / name).glob("*"):
             if re.fullmatch(pattern, path.name) or PART.fullmatch(path.name):
-                remove = shutil.rmtree if path.is_dir() else os.remove
+                is_folder = path.is_dir() and not path.is_symlink()
+                remove = shutil.rmtree if is_folder else os.remove
                 remove(path)
         with suppress(OSError):                # files of the user are in it, or it is not there
             (out / name).rmdir()
     for name in OLD_FILES:
-        (out / name).unlink(missing_ok=True)
+        if name != "config.json":              # what makes the folder a run's; it is replaced
+            (out / name).unlink(missing_ok=True)
 
 
 def begin_run(args, config, processes):

@@ -17,7 +17,7 @@ import files
 import formats
 import sampler
 import scale
-from conftest import ROOT, TINY, Recorder, refused, run_here
+from conftest import ROOT, TINY, Failing, Recorder, refused, run_here
 
 
 class Command:
@@ -258,7 +258,7 @@ def test_a_signal_saves_and_ends(command, monkeypatch, number, code):
         patch.setattr(distill, "training_step", OnCall([2], lambda: os.kill(os.getpid(), number)))
         result = command(*options, "--overwrite")
     assert result.returncode == code and "--resume" in result.stderr
-    assert command.checkpoints() == ["00000003"]       # warm-up and two iterations
+    assert command.checkpoints() == ["00000002"]
     assert command.resume().returncode == 0
     assert same_tensors(whole, command.tensors())
     # The last pictures are those of the end, so only their figure differs before.
@@ -515,11 +515,37 @@ def test_overwrite_keeps_what_no_run_has_written(finished):
     mine[-1].parent.mkdir()
     for path in mine:
         path.write_text("mine")
-    left = finished.out / "samples" / ".part-0123abcd.new"  # of a run that was killed
-    left.write_text("half")
     assert finished("--overwrite", "--iterations", 1).returncode == 0
-    assert all(path.read_text() == "mine" for path in mine) and not left.exists()
+    assert all(path.read_text() == "mine" for path in mine)
     assert finished.checkpoints() == ["00000001", "best"] and len(finished.log()) == 1
+
+
+def test_what_remove_run_removes(tmp_path):
+    """Whole names of a run, what a killed one left, and links, but not what they point to."""
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "weights").write_text("mine")
+    run = tmp_path / "run"
+    for name in ("checkpoints", "samples", "student"):
+        (run / name).mkdir(parents=True)
+    (run / "checkpoints" / "00000100").symlink_to(far)
+    (run / "checkpoints" / "00000200").mkdir()
+    for name in (".part-0123abcd.new", "000100.png", "000100.png.txt"):
+        (run / "samples" / name).write_text("x")
+    (run / "log.jsonl").write_text("x")
+    scale.remove_run(run)
+    assert (far / "weights").read_text() == "mine"
+    assert [path.relative_to(run).as_posix() for path in run.rglob("*")] == [
+        "samples", "samples/000100.png.txt"]
+
+
+def test_a_refused_run_keeps_its_features(command, monkeypatch):
+    """They lie in --out, and took long to compute: the next command uses them."""
+    cache = command.out / "features"
+    monkeypatch.setattr(scale, "mean_loss", Failing(formats.UserError("too little memory")))
+    assert refused(command("--cache-features", cache), "memory")
+    monkeypatch.undo()
+    assert command("--cache-features", cache, "--overwrite").returncode == 0
 
 
 def test_what_is_there_is_kept(command, tmp_path):
@@ -645,7 +671,10 @@ def test_a_run_whose_prompts_change_is_saved_and_goes_on(command, monkeypatch):
 def test_prompts_from_a_pipe_are_refused(command):
     command.prompts.unlink()
     os.mkfifo(command.prompts)
-    assert refused(command(), "--prompts", "pipe") and not command.out.exists()
+    assert refused(command(), "--prompts", "no file") and not command.out.exists()
+    command.prompts.unlink()
+    command.prompts.mkdir()
+    assert refused(command(), "--prompts", "no file")
 
 
 def test_a_teacher_of_ones_own_needs_prompts():

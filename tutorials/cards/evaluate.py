@@ -212,13 +212,12 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, restart
     latents, device = [], next(pipeline.dit.parameters()).device
     times = sampler.time_schedule(steps, pipeline.shift)
     again = times[times >= RESTART_TIME]
-    if restarts and len(again) < 2:
-        raise UserError(f"--restarts has no effect in {steps} step: take more")
     negative = sampler.encode_prompts(pipeline, [""]) if guidance else None
     title = f"{steps} steps, guidance {guidance:g}"
     for start in tqdm(range(0, len(prompts), batch), title, leave=False, disable=None):
         part = prompts[start:start + batch]
-        text, x = sampler.encode_prompts(pipeline, part), 0
+        text = sampler.encode_prompts(pipeline, part)
+        x = 0                                  # times[0] is 0: the first round begins with noise
         for i in range(restarts + 1):
             noise, _ = sampler.latent_noise(pipeline, data.SIDE, data.SIDE,
                                             seed + start + i * RESTART_SEEDS, len(part))
@@ -291,9 +290,10 @@ def json_name(path):
     folder = os.path.dirname(path) or "."
     if not path or os.path.isdir(path) or not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{path!r} is a folder, or lies in none")
-    if not os.access(folder, os.W_OK):
+    is_file = os.path.isfile(path)
+    if (is_file or not os.path.exists(path)) and not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{folder} is no directory that can be written to")
-    if os.path.isfile(path) and not holds_results(path):
+    if is_file and not holds_results(path):
         raise argparse.ArgumentTypeError(f"{path} exists and holds no results of this program")
     return path
 
@@ -395,6 +395,10 @@ def main():
         sampler.quantize(pipeline.text_encoder, args.weights)
     options = {"guidance_every": args.guidance_every, "cfg_truncation": args.cfg_truncation,
                "restarts": args.restarts}
+    for _, pipeline, steps, _ in runs(args, pipelines) if args.restarts else ():
+        if sampler.time_schedule(steps, pipeline.shift)[-2] < RESTART_TIME:
+            raise UserError(f"--restarts {args.restarts} has no effect with --steps {steps}: no "
+                            f"step begins at {RESTART_TIME} or later")
     real = drawings(prompts, args.seed + 1)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
     row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
