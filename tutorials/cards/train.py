@@ -5,8 +5,9 @@
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
 
 The bundled teacher learned a smaller world for 300 minutes on two CPU cores, and then on a GPU in
-three runs of minutes, each from the weights of the one before (--start): results.md has them. How
-far the two commands above come from nothing, in today's world, has not been measured.
+three runs of minutes, each from the weights of the one before (--start): results.md has them. From
+nothing in today's world, an hour of two cores is far too little: half of the things are right, and
+hardly a word. The whole first command, and the second one, have not been measured.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
