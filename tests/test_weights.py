@@ -325,9 +325,10 @@ def test_a_single_file_finds_what_lies_beside_it(comfy, tmp_path):
     assert convert_weights.open_model(twice, vae=twice / "ae.safetensors")
 
 
-def test_an_assumed_shift_is_said(comfy):
-    """No file of other programs has the schedule's shift, and a component folder has none."""
-    named = {"dit": TINY / "transformer", "text_encoder": TINY / "text_encoder",
+def test_an_assumed_shift_is_said(comfy, tmp_path):
+    """No file of other programs has the schedule's shift, nor has a component folder alone."""
+    alone = shutil.copytree(TINY / "transformer", tmp_path / "transformer")
+    named = {"dit": alone, "text_encoder": TINY / "text_encoder",
              "vae": comfy / "ae.safetensors", "tokenizer": TINY / "tokenizer"}
     checkpoint = convert_weights.open_model(**named)
     assert checkpoint.shift_assumed and checkpoint.settings == {"shift": 3.0}
@@ -338,7 +339,8 @@ def test_an_assumed_shift_is_said(comfy):
 @pytest.mark.parametrize("to", ["ours", "official"])
 def test_an_assumed_shift_that_is_written_is_said(comfy, tmp_path, to):
     """In the new place it looks like any other shift, so this is the last occasion to say it."""
-    words = ["--dit", TINY / "transformer", "--text-encoder", TINY / "text_encoder"]
+    alone = shutil.copytree(TINY / "transformer", tmp_path / "transformer")
+    words = ["--dit", alone, "--text-encoder", TINY / "text_encoder"]
     result = run_here(convert_weights.main, comfy / "ae.safetensors", tmp_path / "new", *words,
                       "--to", to)
     assert result.returncode == 0
