@@ -12,6 +12,7 @@ training_step knows nothing of this file. Each part is applied to built networks
 tutorials/from_laptop_to_cluster.md has the commands.
 """
 
+import atexit
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -211,9 +213,9 @@ class Processes:
         """
         try:
             yield
-            self.leave()
-        except SystemExit:         # SIGINT or SIGTERM
-            self.leave()
+            self.leave(0)
+        except SystemExit as end:              # SIGINT or SIGTERM
+            self.leave(end.code)
             raise
         except RuntimeError as error:
             told = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
@@ -222,13 +224,15 @@ class Processes:
             raise UserError(f"process {self.rank} ends, for another one has ended or cannot be "
                             f"reached: {first_line(error)[:200]}") from None
 
-    def leave(self):
-        """Ends the group and its threads. One of gloo's that runs on may abort Python's end.
+    def leave(self, code):
+        """Leaves the group, and lets the process end with `code` before Python takes itself apart.
 
-        See https://github.com/pytorch/pytorch/issues/190489.
+        Threads of PyTorch that still hold tensors would abort it then, after all is done. See
+        https://github.com/pytorch/pytorch/issues/190489.
         """
         if self.count > 1:
             dist.destroy_process_group()
+            atexit.register(end_process, code)
 
     def average_gradient(self, p):
         dist.all_reduce(p.grad.div_(self.count))
@@ -239,6 +243,13 @@ class Processes:
         policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, None, False)
         for part in (*blocks_of(dit), dit):
             fully_shard(part.to(self.device, torch.float32), mp_policy=policy)
+
+
+def end_process(code):
+    """Ends the process without taking Python apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class SharedDraws(TorchFunctionMode):
@@ -632,13 +643,13 @@ def as_arguments(args):
 # What --overwrite removes: folder -> the names in it that are a run's own. Others are the user's.
 OLD_FOLDERS = {"checkpoints": "[0-9]{8,}", "samples": r"[0-9]{6,}\.png",
                "student": r"(config|tokenizer)\.json|(dit|text_encoder|vae)\.safetensors"}
-OLD_FILES = "lora.safetensors", "log.jsonl", "config.json"
+OLD_FILES = "lora.safetensors", "log.jsonl"     # config.json marks a run; it is replaced
 
 
 def check_folder(args):
     """UserError where args.out cannot be the folder of a run with these options."""
     out = Path(args.out)
-    names = (*OLD_FOLDERS, *OLD_FILES) if args.overwrite else ()
+    names = (*OLD_FOLDERS, *OLD_FILES, "config.json") if args.overwrite else ()
     removed = [(out / name).resolve() for name in names]
     for name in ("teacher", "prompts", "cache_features"):
         default = BUNDLED[1] if name == "teacher" else os.devnull
@@ -716,8 +727,7 @@ def remove_run(out):
         with suppress(OSError):                # files of the user are in it, or it is not there
             (out / name).rmdir()
     for name in OLD_FILES:
-        if name != "config.json":              # what makes the folder a run's; it is replaced
-            (out / name).unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
 
 
 def begin_run(args, config, processes):

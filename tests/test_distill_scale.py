@@ -388,14 +388,16 @@ def test_when_one_process_dies_the_others_end(command):
     (None, 1), (SystemExit(130), 1), (RuntimeError("gloo: closed"), 0), (KeyboardInterrupt(), 0)])
 def test_processes_leave_their_group_before_python_ends(monkeypatch, ending, left):
     """Not where another one may be in the middle of a sum: leaving would wait for it."""
-    calls = []
+    calls, at_exit = [], []
     monkeypatch.setattr(scale.dist, "destroy_process_group", lambda: calls.append(1))
+    monkeypatch.setattr(scale.atexit, "register", lambda *call: at_exit.append(call))
     monkeypatch.setattr(scale.Processes, "__init__", three_processes)
     with nullcontext() if ending is None else pytest.raises(BaseException), \
             scale.Processes(CPU).end_together():
         if ending:
             raise ending
     assert len(calls) == left
+    assert at_exit == left * [(scale.end_process, getattr(ending, "code", 0))]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(command, monkeypatch):
