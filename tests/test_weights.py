@@ -278,7 +278,6 @@ def test_settings_are_those_of_the_dit(comfy, tmp_path):
     for model in (TINY, comfy):
         settings = convert_weights.open_model(model, dit=own).settings
         assert (settings["steps"], settings["shift"]) == (3, 5.0)
-        assert convert_weights.open_model(model, dit=own).settings["steps"] == 3
     official, student = tmp_path / "official", tmp_path / "student"
     convert_weights.convert(own, official, to="official")
     convert_weights.convert(TINY, student)
