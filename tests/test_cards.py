@@ -86,6 +86,31 @@ def test_the_bundled_world_has_fewer_freedoms():
         assert {"second", "side"} < {attribute for wanted in named for attribute in wanted}
 
 
+@pytest.mark.parametrize("step", list(data.LADDER))
+def test_each_step_of_the_ladder_has_prompts(tmp_path, step):
+    """As train.py writes them into its folder; those of the top are the bundled ones."""
+    known_world = data.upright(data.LADDER[step])
+    data.write_prompts(tmp_path, known_world)
+    known, new = (sampler.read_prompts(tmp_path / name)
+                  for name in ("prompts.txt", "prompts_heldout.txt"))
+    assert len(known) == 4000 and not set(known) & set(new)
+    assert len(new) == 1000 or step == 1                           # no words: few captions
+    for prompt in [*known[:500], *new[:300]]:
+        assert data.shows(known_world, prompt), prompt
+    unseen = {data.parse(prompt)["word"] for prompt in new
+              if data.word_held_out(data.parse(prompt).get("word", ""))}
+    assert bool(unseen) == (step > 2)
+    if step == 5:
+        assert new == sampler.read_prompts(evaluate.HERE + "/prompts_heldout.txt")
+
+
+def test_what_a_world_does_not_show():
+    small = data.LADDER[3]
+    assert data.shows(small, 'a panda and "CAT"') and data.shows(data.WORLD, "海边，“你好吗”")
+    for prompt in ("a panda by the sea", 'the word "LOVE"', "“新年好”", 'the word "A1"'):
+        assert not data.shows(small, prompt) and data.shows(data.WORLD, prompt)
+
+
 def test_some_cards_have_no_word_and_then_captions_name_none():
     rng = np.random.default_rng(2)
     several = scenes(400, world=data.WORLD)
@@ -411,8 +436,15 @@ def test_diversity_is_that_of_a_seed(monkeypatch):
     for seed in ((), (0,), (5,)):
         evaluate.diversity(None, 4, 0.0, *seed)
     count = len(evaluate.OPEN_PROMPTS)
-    for calls in (sampled.calls, drawn.calls):
-        assert [call[-1] for call in calls] == [1] * 2 * count + [6] * count
+    assert [call[-1] for call in sampled.calls] == [1] * 2 * count + [6] * count
+    assert [call[1:] for call in drawn.calls] == [(seed, data.WORLD) for seed in
+                                                  [1] * 2 * count + [6] * count]
+    # In a smaller world only prompts that it knows are drawn.
+    drawn.calls.clear()
+    evaluate.diversity(None, 4, 0.0, world=data.LADDER[3])
+    assert [(call[0][0], call[2]) for call in drawn.calls] == [
+        (prompt, data.LADDER[3]) for prompt in
+        ('the word "HI" above a rocket', "红色的“福”", "a cat on a blue card")]
 
 
 def test_noise_is_that_of_the_sampler(monkeypatch):

@@ -95,6 +95,42 @@ def test_captions_are_whole_and_those_of_the_card(drawings):
     assert (drawings.words[0] == (data.text_region(scene, train.CELLS)[0] > 0)).all()
 
 
+def test_a_smaller_world_is_drawn_tried_and_scored(monkeypatch, teacher_inputs):
+    recipe = replace(SMALL, ladder=2, probe_prompts=6, report_prompts=6)
+    world = data.upright(data.LADDER[2])
+    scene = data.random_scene(np.random.default_rng(3), world=world)
+    drawings = train.Drawings(recipe, data.build_tokenizer())
+    drawings.draw(0, np.random.default_rng(3))
+    assert (drawings.pictures[0] == data.draw(scene)).all()
+    _, captions = train.test_cards(replace(recipe, vae_tests=20), torch.device("cpu"))
+    assert all(data.shows(world, caption) for caption in captions)
+    # The probe and the report want what this world has, and compare with its drawings.
+    run, scored = train.Run("", torch.device("cpu")), []
+
+    def score(images, prompts, real):
+        scored.append((prompts, real))
+        return {"joint": 1.0}
+    monkeypatch.setattr(evaluate, "sample_images", lambda *_: torch.zeros(6, 3, 8, 8))
+    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(evaluate, "write_json", lambda *_: None)
+    monkeypatch.setattr(train, "save_grid", lambda *_: None)
+    monkeypatch.setattr(train, "log", lambda *_, **more: None)
+    model = train.Model(train.build(recipe, 600), teacher_inputs[0], None, recipe)
+    train.probe(run, model, "samples.png")
+    train.report(run, model)
+    assert len(scored) == 13
+    for prompts, real in scored:
+        assert all(data.shows(world, prompt) for prompt in prompts)
+        assert torch.equal(real, evaluate.drawings(prompts, 1, world))
+
+
+def test_a_run_writes_the_prompts_of_its_world(tmp_path, train_here):
+    assert train_here("--ladder", 2).returncode == 0
+    assert train_here.calls[0][0].ladder == 2
+    prompts = sampler.read_prompts(tmp_path / "run" / "prompts.txt")
+    assert all(data.shows(data.LADDER[2], prompt) for prompt in prompts)
+
+
 def test_a_failed_process_ends_the_waiting():
     class Broken(train.Drawings):
         def draw(self, i, rng):
@@ -419,12 +455,12 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
 
 
 @pytest.mark.parametrize("options", [
-    ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
+    ("--ladder", "0"), ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
     ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
     *(("--set", setting) for setting in (
         "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
         "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1",
-        "decay_from=1", "shift=1e8", "sample_steps=100000", "guidance=1e4", "ema=1.5",
+        "ladder=6", "decay_from=1", "shift=1e8", "sample_steps=100000", "guidance=1e4", "ema=1.5",
         "drawings=1000000000"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])

@@ -11,7 +11,8 @@ named. One in eight combinations of thing, card and ink is never in a training p
 in eight words.
 
     python tutorials/cards/data.py     writes beside this file prompts.txt, to distil with, and
-                                       prompts_heldout.txt, to score with
+                                       prompts_heldout.txt, to score with (train.py writes those
+                                       of its own world into its folder)
 """
 
 import os
@@ -53,12 +54,13 @@ from world import (
     World,
     inks,
     pick,
+    upright,
 )
 
 __all__ = [
     "ATTRIBUTES", "LADDER", "SIDE", "WORLD", "Pose", "Scene", "World", "build_tokenizer", "caption",
     "draw", "is_held_out", "language_of", "parse", "prompt_list", "random_scene",
-    "scene_for", "text_region", "vocabulary", "word_held_out"]
+    "scene_for", "shows", "text_region", "upright", "vocabulary", "word_held_out", "write_prompts"]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # --- What is held out ---------------------------------------------------------------------------
@@ -178,6 +180,17 @@ def scene_for(prompt, rng, world=WORLD):
     return compose(wanted, rng, world)
 
 
+def shows(world, prompt):
+    """Whether a world has the card and the word that a prompt names."""
+    wanted = parse(prompt)
+    word = wanted.get("word", "")
+    longest = world.letters if word.isascii() else world.hanzi
+    digits = any(c in DIGITS for c in word)
+    landscape = wanted.get("card") in LANDSCAPES
+    return (len(word) <= longest and (world.digits or not digits)
+            and (world.landscapes > 0 or not landscape))
+
+
 def card_and_ink(card, ink, place, rng, world):
     """Draws whichever of the two is None, so that the ink can be read."""
     while card is None:
@@ -262,8 +275,11 @@ def text_region(scene, cells=16):
 def prompt_list(count, seed, held_out=True, unseen_words=None, drop=1 / 3, world=WORLD):
     """`count` different captions, every other one Chinese.
 
-    unseen_words: True, False, or None for both in turn, two prompts of each.
+    unseen_words: True, False, or None for both in turn, two prompts of each. Words of one
+    character are never held out, so a world without longer ones has only words that are seen.
     """
+    if unseen_words is None and max(world.letters, world.hanzi) < 2:
+        unseen_words = False
     rng, prompts = np.random.default_rng(seed), {}
     while len(prompts) < count:
         unseen = len(prompts) // 2 % 2 == 1 if unseen_words is None else unseen_words
@@ -272,17 +288,19 @@ def prompt_list(count, seed, held_out=True, unseen_words=None, drop=1 / 3, world
     return list(prompts)
 
 
-def main():
-    known = prompt_list(4000, 1, held_out=False, unseen_words=False)
+def write_prompts(folder, world=WORLD):
+    """Writes prompts.txt, to distil with, and prompts_heldout.txt, to score with."""
+    known = prompt_list(4000, 1, held_out=False, unseen_words=False, world=world)
     # A short caption may fit a card of either kind.
-    new = [prompt for prompt in prompt_list(1100, 2) if prompt not in known][:1000]
+    new = prompt_list(1100, 2, world=world)
+    new = [prompt for prompt in new if prompt not in known][:1000]
     lists = {"prompts.txt": known, "prompts_heldout.txt": new}
     for name, prompts in lists.items():
-        path = os.path.join(HERE, name)
+        path = os.path.join(folder, name)
         with open(path + ".part", "w", encoding="utf-8") as file:
             file.write("\n".join(prompts) + "\n")
         os.replace(path + ".part", path)
 
 
 if __name__ == "__main__":
-    main()
+    write_prompts(HERE)

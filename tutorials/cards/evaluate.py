@@ -152,10 +152,10 @@ def saturation(images):
     return float((clipped.amax(1) - clipped.amin(1)).mean() / 2)
 
 
-def drawings(prompts, seed):
+def drawings(prompts, seed, world=data.WORLD):
     """One drawing for each prompt, (B, 3, 128, 128) in [-1, 1]: what a perfect model samples."""
     rng = np.random.default_rng(seed)
-    pictures = np.stack([data.draw(data.scene_for(prompt, rng)) for prompt in prompts])
+    pictures = np.stack([data.draw(data.scene_for(prompt, rng, world)) for prompt in prompts])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -266,16 +266,18 @@ def spread(images):
     return float((clipped - clipped.mean(0)).square().mean().sqrt())
 
 
-def diversity(pipeline, steps, guidance, seed=0, **options):
+def diversity(pipeline, steps, guidance, seed=0, world=data.WORLD, **options):
     """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings.
 
     The noise is that of the seeds from seed + 1 on, and the drawings are those of seed + 1.
     """
     ratios = []
     for prompt in OPEN_PROMPTS:
+        if not data.shows(world, prompt):
+            continue
         prompts = [prompt] * DIVERSITY_SEEDS
         images = sample_images(pipeline, prompts, steps, guidance, seed + 1, **options)
-        ratios.append(spread(images) / spread(drawings(prompts, seed + 1)))
+        ratios.append(spread(images) / spread(drawings(prompts, seed + 1, world)))
     return float(np.mean(ratios))
 
 
@@ -329,6 +331,8 @@ def arguments():
                              "there, K times (default: 0)")
     parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cuda, mps or cpu")
+    parser.add_argument("--ladder", type=int, choices=data.LADDER, default=5,
+                        help="the step of world.LADDER that train.py was given (default: 5)")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
                         help="number of prompts (default: 200)")
     parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
@@ -340,9 +344,9 @@ def arguments():
     return parser.parse_args()
 
 
-def prompts_for(args):
+def prompts_for(args, world):
     if args.prompts is None:
-        return data.prompt_list(args.count, seed=[args.seed, 2])
+        return data.prompt_list(args.count, seed=[args.seed, 2], world=world)
     prompts = sampler.read_prompts(args.prompts)[:args.count]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it")
@@ -387,7 +391,8 @@ def main():
     args = arguments()
     if not args.model:
         raise UserError("no checkpoint is bundled; name one with --model")
-    prompts = prompts_for(args)
+    world = data.upright(data.LADDER[args.ladder])
+    prompts = prompts_for(args, world)
     device = sampler.find_device(args.device)
     pipelines = [sampler.load_pipeline(model, device) for model in args.model]
     for pipeline in pipelines if args.weights else ():
@@ -399,9 +404,9 @@ def main():
         if sampler.time_schedule(steps, pipeline.shift)[-2] < RESTART_TIME:
             raise UserError(f"--restarts {args.restarts} has no effect with --steps {steps}: no "
                             f"step begins at {RESTART_TIME} or later")
-    real = drawings(prompts, args.seed + 1)
+    real = drawings(prompts, args.seed + 1, world)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
-    row = score(drawings(prompts, args.seed + 2), prompts, real) | {"diversity": 1.0}
+    row = score(drawings(prompts, args.seed + 2, world), prompts, real) | {"diversity": 1.0}
     print(table_row("drawings", row))
     rebuilt, decibels = reconstruct(pipelines[0].vae, real)
     print(table_row(f"VAE, {decibels:.1f} dB", score(rebuilt, prompts, real)), flush=True)
@@ -411,7 +416,7 @@ def main():
         row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed,
                "weights": args.weights, **options}
         row |= score(images, prompts, real)
-        row["diversity"] = diversity(pipeline, steps, guidance, args.seed, **options)
+        row["diversity"] = diversity(pipeline, steps, guidance, args.seed, world, **options)
         print_rows(f"{os.path.relpath(model)}, {steps} steps, guidance {guidance:g}", row)
         rows.append(row)
     if args.json:

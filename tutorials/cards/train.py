@@ -92,6 +92,7 @@ MAX_TOKENS = 32          # of a caption with its chat template
 class Recipe:
     """Every number of a run. These are for 2 CPU cores."""
     seed: int = 0
+    ladder: int = 5               # the world: a step of world.LADDER, with things upright
     # Draw
     drawings: int = 32768
     captions: int = 8             # of each drawing
@@ -136,6 +137,9 @@ class Recipe:
     report_prompts: int = 300     # for the report
     log_every: int = 50           # steps
     save_minutes: float = 10.0
+
+    def world(self):
+        return data.upright(data.LADDER[self.ladder])
 
 
 GPU = dict(drawings=64_000, vae_drawings=16384, vae_minutes=1.75, vae_batch=32, vae_crops=0.0,
@@ -456,11 +460,11 @@ class Model(NamedTuple):
 def probe(run, model, name):
     """Scores on unseen prompts, and a grid of their pictures in --out/`name`."""
     recipe = model.recipe
-    prompts = data.prompt_list(recipe.probe_prompts, seed=3)
+    prompts = data.prompt_list(recipe.probe_prompts, seed=3, world=recipe.world())
     images = evaluate.sample_images(model.pipeline(), prompts, recipe.sample_steps,
                                     recipe.guidance)
     save_grid(os.path.join(run.out, name), images)
-    row = evaluate.score(images, prompts)
+    row = evaluate.score(images, prompts, evaluate.drawings(prompts, 1, recipe.world()))
     return {key: value for key, value in row.items() if isinstance(value, float)}
 
 
@@ -593,7 +597,7 @@ def train_vae(recipe, run, drawings):
     adam = torch.optim.AdamW([p for p in parameters if p.ndim == 1], recipe.vae_adam_lr,
                              (0.9, 0.99), weight_decay=0.0)
     stage = Stage(run, "vae", recipe.vae_minutes, recipe.vae_steps, vae=vae, muon=muon, adam=adam)
-    test, captions = test_cards(recipe.vae_tests, recipe.seed, run.device)
+    test, captions = test_cards(recipe, run.device)
     drawings.wait(recipe.vae_drawings)
     pictures = torch.from_numpy(drawings.pictures[:recipe.vae_drawings]).to(run.device)
     count = max(recipe.vae_batch // run.workers, 1)
@@ -644,7 +648,7 @@ class Cards(NamedTuple):
 
 def cards_file(folder, recipe, vae):
     """Where the latents are kept: other drawings, another world or VAE are another file."""
-    code = zlib.crc32(repr((data.WORLD, data.vocabulary(), vae.config)).encode())
+    code = zlib.crc32(repr((recipe.world(), data.vocabulary(), vae.config)).encode())
     for weight in vae.state_dict().values():
         code = zlib.crc32(weight.cpu().numpy(), code)
     return os.path.join(
@@ -683,15 +687,17 @@ def report(run, model):
     """
     recipe, rows = model.recipe, []
     many, guidance = recipe.sample_steps, recipe.guidance
-    prompts = {"open": data.prompt_list(recipe.report_prompts, seed=4),
-               "given": data.prompt_list(recipe.report_prompts, seed=5, drop=0.0)}
+    count, world = recipe.report_prompts, recipe.world()
+    prompts = {"open": data.prompt_list(count, seed=4, world=world),
+               "given": data.prompt_list(count, seed=5, drop=0.0, world=world)}
     settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
     for (steps, strength), kind in itertools.product(settings, prompts):
         if stopping():
             return
         images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
         row = {"prompts": kind, "steps": steps, "guidance": strength}
-        rows.append(row | evaluate.score(images, prompts[kind]))
+        real = evaluate.drawings(prompts[kind], 1, world)
+        rows.append(row | evaluate.score(images, prompts[kind], real))
         save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
         evaluate.write_json(os.path.join(run.out, "report.json"), rows)
         log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
@@ -758,7 +764,7 @@ class Drawings:
             self.done[chunk] = True
 
     def draw(self, i, rng):
-        scene = data.random_scene(rng)
+        scene = data.random_scene(rng, world=self.recipe.world())
         self.pictures[i] = data.draw(scene)
         self.words[i] = data.text_region(scene, CELLS)[0] > 0
         for k in range(self.recipe.captions):
@@ -789,10 +795,11 @@ def as_images(pictures):
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def test_cards(count, seed, device):
-    """Cards that training does not draw -> images (count, 3, H, W), and captions that name all."""
-    rng = np.random.default_rng((seed, 2))
-    scenes = [data.random_scene(rng, held_out=True) for _ in range(count)]
+def test_cards(recipe, device):
+    """Cards that training does not draw -> images (N, 3, H, W), and captions that name all."""
+    rng = np.random.default_rng((recipe.seed, 2))
+    scenes = [data.random_scene(rng, held_out=True, world=recipe.world())
+              for _ in range(recipe.vae_tests)]
     pictures = torch.from_numpy(np.stack([data.draw(scene) for scene in scenes]))
     return as_images(pictures.to(device)), [data.caption(scene, rng, drop=0) for scene in scenes]
 
@@ -1054,6 +1061,8 @@ def arguments():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1,
                         help="CPU processes of one thread each, which share the batch")
+    parser.add_argument("--ladder", type=int, choices=data.LADDER,
+                        help="how much of the world it learns, a step of world.LADDER (default: 5)")
     parser.add_argument("--minutes", type=float, help="time for the teacher")
     parser.add_argument("--vae-minutes", type=float, help="time for the VAE")
     parser.add_argument("--start", metavar="DIR", help="begin with the weights of this teacher")
@@ -1068,7 +1077,7 @@ def arguments():
 def recipe_from(args):
     recipe = replace(Recipe(), **(GPU if args.device == "cuda" else {}))
     recipe = replace(recipe, **(SMOKE if args.smoke else {}))
-    for name in ("minutes", "vae_minutes"):
+    for name in ("ladder", "minutes", "vae_minutes"):
         if getattr(args, name) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     for setting in args.set:
@@ -1102,6 +1111,8 @@ def check_numbers(recipe):
         if not good or value > LARGEST.get(name, 1e9):
             raise UserError(f"--set {name}={value}: it is out of range")
     sampler.time_schedule(recipe.sample_steps, recipe.shift)       # UserError if there is none
+    if recipe.ladder not in data.LADDER:
+        raise UserError(f"--set ladder={recipe.ladder}: its steps are 1 to {len(data.LADDER)}")
     if recipe.dim % 32 or recipe.decay_from >= 1:
         raise UserError("--set: dim should be a multiple of 32, and decay_from below 1")
 
@@ -1175,6 +1186,7 @@ def train(args, recipe, tokenizer, drawings):
     run = Run(args.out, torch.device(args.device), 0, args.workers, args.stop_after, args.start)
     log(run, stage="start", torch=torch.__version__, workers=args.workers, **vars(recipe))
     write_whole(os.path.join(args.out, "tokenizer.json"), lambda part: tokenizer.save(str(part)))
+    data.write_prompts(args.out, recipe.world())
     vae = bundled_vae() if recipe.bundled_vae else finished_vae(run)
     if vae is None or not os.path.exists(cards_file(args.out, recipe, vae)):
         on_gpu = args.device == "cuda"
