@@ -595,8 +595,8 @@ def run_command(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                  # no permission, a name too long, a device is gone
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}",
-              file=sys.stderr)
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
@@ -632,7 +632,7 @@ def number(low=-math.inf, high=math.inf, kind=float, above=None):
 
 
 def adapter(text):
-    """An argparse type: FILE or FILE:STRENGTH -> (file, strength). The drive C: is no file."""
+    """An argparse type: FILE or FILE:STRENGTH -> (file, strength). A drive's colon is no end."""
     file, _, strength = text.rpartition(":")
     if not file or re.fullmatch(r"[A-Za-z]", file) or Path(text).exists():
         return formats.path_name(text), 1.0

@@ -545,7 +545,7 @@ def parse_arguments(arguments=None):
             ("fake-lr", number(0, 100), 1e-3, "R", "the fake's learning rate"),
             ("ema", number(0, 1), 0.98, "E", "share of the average that an update keeps"),
             ("follow", number(0, 1), 0.0, "F", "pull the fake by this share to the student (IDA)"),
-            ("lora", whole(1, 10 ** 5), None, "RANK", "train low-rank adapters in one teacher"),
+            ("lora", whole(1, 10 ** 5), None, "RANK", "share one teacher, train adapters of it"),
             ("accumulate", whole(1, 10 ** 4), 1, "K", "compute each batch in K parts"),
             ("cache-features", absolute, None, "DIR", "encode all prompts once, into it"),
             ("seed", whole(0, 10 ** 12), 0, "N", "seed of all draws"),

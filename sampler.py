@@ -99,7 +99,7 @@ def sample(net, noise, text, times, guidance=0.0, negative=None, cfg_normalizati
     """Euler steps from `noise` (B, ...) at times[0] to data at times[-1], in float32.
 
     net: any (x, t, text) -> v. What a DiT computes from the text alone is computed once.
-    guidance: the official pipeline's g, the paper's alpha - 1. At 0 `negative` is not needed.
+    guidance: the official pipeline's g, the paper's alpha - 1. At 0 or below there is none.
     cfg_normalization: see limit_norm. cfg_truncation: no guidance at times above it.
     guidance_every k: v - v_negative changes slowly, so compute it in every k-th step only.
     callback(i, x): called after step i. Explained in tutorials/01_flow_matching.ipynb.
@@ -449,7 +449,7 @@ def parse_arguments(arguments=None):
             raise UserError("--size says both sides: leave out --height and --width")
         args.width, args.height = args.size
     recorded = read_recorded(parser, args) if args.like else {}
-    # Who gives a size wants a picture of that size.
+    # A size that is given is that of the picture.
     as_asked = {"upscale": "none"} if args.width or args.height else {}
     for name, value in {**DEFAULTS, **recorded, **as_asked}.items():
         if getattr(args, name) in (None, []):

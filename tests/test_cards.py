@@ -1,5 +1,6 @@
 """The cards world: drawings, captions and what they mean, tokens, the reader, its calibration."""
 
+import itertools
 import json
 import os
 import sys
@@ -86,15 +87,14 @@ def test_the_bundled_world_has_fewer_freedoms():
         assert {"second", "side"} < {attribute for wanted in named for attribute in wanted}
 
 
-@pytest.mark.parametrize("step", list(data.LADDER))
+@pytest.mark.parametrize("step", data.STEPS_WITH_WORDS)
 def test_each_step_of_the_ladder_has_prompts(tmp_path, step):
     """As train.py writes them into its folder; those of the top are the bundled ones."""
     known_world = data.upright(data.LADDER[step])
     data.write_prompts(tmp_path, known_world)
     known, new = (sampler.read_prompts(tmp_path / name)
                   for name in ("prompts.txt", "prompts_heldout.txt"))
-    assert len(known) == 4000 and not set(known) & set(new)
-    assert len(new) == 1000 or step == 1                           # no words: few captions
+    assert (len(known), len(new)) == (4000, 1000) and not set(known) & set(new)
     for prompt in [*known[:500], *new[:300]]:
         assert data.shows(known_world, prompt), prompt
     unseen = {data.parse(prompt)["word"] for prompt in new
@@ -105,10 +105,36 @@ def test_each_step_of_the_ladder_has_prompts(tmp_path, step):
 
 
 def test_what_a_world_does_not_show():
-    small = data.LADDER[3]
-    assert data.shows(small, 'a panda and "CAT"') and data.shows(data.WORLD, "海边，“你好吗”")
-    for prompt in ("a panda by the sea", 'the word "LOVE"', "“新年好”", 'the word "A1"'):
-        assert not data.shows(small, prompt) and data.shows(data.WORLD, prompt)
+    small = world.World(things=5, letters=3, hanzi=2, digits=False, landscapes=0, two_things=0,
+                        sides=False, sizes=False)
+    assert data.shows(small, 'a panda on a red card with "CAT" in white below it')
+    for prompt in ("a panda by the sea", 'the word "LOVE"', "“新年好”", 'the word "A1"', "a cactus",
+                   "a panda and a cat", "a panda on the left", "a small panda"):
+        assert not data.shows(small, prompt) and data.shows(data.LADDER[5], prompt)
+    assert not data.shows(data.LADDER[1], "a panda with a red word below it")
+
+
+def test_words_of_one_character_are_not_held_out():
+    rng = np.random.default_rng(0)
+    mixed = world.World(letters=1, hanzi=3)
+    words = {data.random_word(rng, True, mixed) for _ in range(30)}
+    assert all(data.word_held_out(word) and not word.isascii() for word in words)
+    with pytest.raises(ValueError, match="held out"):
+        data.random_word(rng, True, data.LADDER[2])
+
+
+def test_what_training_never_shows():
+    """The numbers in combination_held_out and the module's docstring."""
+    places = list(world.PLACES)
+    seen = {pair: [] for pair in itertools.product(world.THINGS, world.CARDS)}
+    for thing, card in seen:
+        inks = {ink for place in places for ink in world.inks(card, place)}
+        seen[thing, card] = [data.combination_held_out(thing, card, ink) for ink in inks]
+    assert len(seen) == 560
+    never = [card for (_, card), held_out in seen.items() if all(held_out)]
+    assert len(never) == 15 and set(never) == {"blue", "purple", "night"}
+    every = itertools.product(world.THINGS, world.CARDS, world.INKS)
+    assert np.mean([data.combination_held_out(*names) for names in every]) == 1 / 8
 
 
 def test_some_cards_have_no_word_and_then_captions_name_none():
@@ -511,6 +537,23 @@ def test_json(monkeypatch, tmp_path, capsys):
     assert "| x, 2 steps, guidance 1 |" in capsys.readouterr().out
 
 
+def test_a_step_of_the_ladder_is_scored(tmp_path, monkeypatch):
+    """Prompts, drawings and diversity are those of its world."""
+    monkeypatch.setattr(evaluate, "DIVERSITY_SEEDS", 2)
+    drawn = Recorder(evaluate.drawings)
+    monkeypatch.setattr(evaluate, "drawings", drawn)
+    out = tmp_path / "out.json"
+    run = partial(run_here, evaluate.main, "--model", Path(evaluate.HERE, "teacher"),
+                  "--steps", 1, "--guidance", 0, "--count", 2, "--json", out)
+    assert run("--ladder", 2).returncode == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["ladder"] == 2
+    small = data.upright(data.LADDER[2])
+    assert len(drawn.calls) == 2 + 2                   # two of OPEN_PROMPTS have no longer word
+    assert drawn.calls[0][0] == data.prompt_list(2, seed=[0, 2], world=small)
+    assert all(call[2] == small for call in drawn.calls)
+    assert refused(run("--ladder", 1), "--ladder")
+
+
 def test_quantized_weights_and_less_guidance(tmp_path, monkeypatch):
     """What is scored are pictures of the network with these options."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
@@ -528,7 +571,7 @@ def test_quantized_weights_and_less_guidance(tmp_path, monkeypatch):
         pictures.append(scored.calls[-1][0])
     row = json.loads(out.read_text(encoding="utf-8"))
     assert row["guidance_every"] == 1 and row["weights"] is None and row["cfg_truncation"] == 1
-    assert row["restarts"] == 2
+    assert row["restarts"] == 2 and row["ladder"] == 5
     plain, int8, truncated, reused, again = pictures
     assert 0 < (again - plain).square().mean()
     assert 0 < (int8 - plain).square().mean() < 0.2 * plain.var()

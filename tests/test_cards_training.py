@@ -124,11 +124,16 @@ def test_a_smaller_world_is_drawn_tried_and_scored(monkeypatch, teacher_inputs):
         assert torch.equal(real, evaluate.drawings(prompts, 1, world))
 
 
-def test_a_run_writes_the_prompts_of_its_world(tmp_path, train_here):
+def test_a_run_belongs_to_its_step_of_the_ladder(tmp_path, train_here):
     assert train_here("--ladder", 2).returncode == 0
     assert train_here.calls[0][0].ladder == 2
     prompts = sampler.read_prompts(tmp_path / "run" / "prompts.txt")
     assert all(data.shows(data.LADDER[2], prompt) for prompt in prompts)
+    assert train_here("--ladder", 2).returncode == 0                    # it goes on
+    assert refused(train_here("--ladder", 3), "learns step 2")
+    assert refused(train_here(), "learns step 2")
+    assert sampler.read_prompts(tmp_path / "run" / "prompts.txt") == prompts
+    assert len(train_here.calls) == 2
 
 
 def test_a_failed_process_ends_the_waiting():
@@ -455,12 +460,13 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
 
 
 @pytest.mark.parametrize("options", [
-    ("--ladder", "0"), ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
+    ("--ladder", "1"), ("--out", ""), ("--start", ""), ("--stop-after", "-1"),
+    ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
     ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
     *(("--set", setting) for setting in (
         "dim=null", "dim=[1]", "dim=1e400", "dim=33", "dim=true", "dim=32.5", "seed=-1",
         "log_every=0", "record=true", "drawings=0", "captions=0", "ema=NaN", "compile=1",
-        "ladder=6", "decay_from=1", "shift=1e8", "sample_steps=100000", "guidance=1e4", "ema=1.5",
+        "ladder=1", "decay_from=1", "shift=1e8", "sample_steps=100000", "guidance=1e4", "ema=1.5",
         "drawings=1000000000"))])
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *options])

@@ -147,6 +147,15 @@ def test_a_picture_that_cannot_be_renamed_leaves_no_empty_file(tmp_path, monkeyp
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("error, sentence", [
+    (OSError(28, "No space left on device"), "error: No space left on device\n"),
+    (OSError(28, "No space left on device", "a.txt"), "error: a.txt: No space left on device\n"),
+    (OSError("strange"), "error: strange\n")])
+def test_an_error_of_the_system_names_what_it_knows(error, sentence):
+    result = run_here(Failing(error))
+    assert refused(result) and result.stderr == sentence
+
+
 def test_the_checkpoint_recommends(own):
     """Steps, guidance, shift and size come from the model where the command line is silent."""
     draw("a cat", "--model", own)

@@ -9,7 +9,8 @@ wants everything that the prompt names. `strict` wants the word right and every 
 prompts, divided by the drawings' total variance: 0 is the same distribution, 1 is as far as the
 drawings spread. Features are mean colors and fixed random filters, never trained. `std_ratio`
 and `saturation` compare contrast and color with those of the drawings, and `diversity` how far the
-pictures of one prompt differ: 1 is as in the drawings. --seed is that of all noise and drawings.
+pictures of one prompt differ: 1 is as in the drawings. A model that learned a lower step of the
+ladder (train.py --ladder 3) is scored with the same --ladder.
 Every figure is given again for `unseen_words` (the word is held out of training), `latin_words`
 (capitals and digits), `hanzi_words`, `en`, `zh` (the prompt's language: English prompts name
 Chinese words, too), `open` (place, card or ink is left to the model) and `given` (all three
@@ -269,6 +270,7 @@ def spread(images):
 def diversity(pipeline, steps, guidance, seed=0, world=data.WORLD, **options):
     """How far pictures of one prompt differ, over a few open prompts: 1 is as in the drawings.
 
+    The prompts are those of OPEN_PROMPTS that the world shows, so compare within one world only.
     The noise is that of the seeds from seed + 1 on, and the drawings are those of seed + 1.
     """
     ratios = []
@@ -331,12 +333,12 @@ def arguments():
                              "there, K times (default: 0)")
     parser.add_argument("--weights", choices=["fp8", "int8"], help="one byte for each weight")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cuda, mps or cpu")
-    parser.add_argument("--ladder", type=int, choices=data.LADDER, default=5,
-                        help="the step of world.LADDER that train.py was given (default: 5)")
+    parser.add_argument("--ladder", type=int, choices=data.STEPS_WITH_WORDS, default=5,
+                        help="the step of world.LADDER that the model has learned (default: 5)")
     parser.add_argument("--count", type=number(1, 10 ** 6, int), default=200, metavar="K",
                         help="number of prompts (default: 200)")
     parser.add_argument("--seed", type=number(0, 10 ** 9, int), default=0, metavar="S",
-                        help="of the noise, and of the prompts without a file (default: 0)")
+                        help="of noise, drawings, and prompts without a file (default: 0)")
     parser.add_argument("--prompts", type=path_name, metavar="FILE",
                         help="one prompt a line; the first K (default: K held-out prompts)")
     parser.add_argument("--json", type=json_name, metavar="OUT",
@@ -414,7 +416,7 @@ def main():
     for model, pipeline, steps, guidance in runs(args, pipelines):
         images = sample_images(pipeline, prompts, steps, guidance, args.seed, **options)
         row = {"model": model, "steps": steps, "guidance": guidance, "seed": args.seed,
-               "weights": args.weights, **options}
+               "ladder": args.ladder, "weights": args.weights, **options}
         row |= score(images, prompts, real)
         row["diversity"] = diversity(pipeline, steps, guidance, args.seed, world, **options)
         print_rows(f"{os.path.relpath(model)}, {steps} steps, guidance {guidance:g}", row)

@@ -3,11 +3,12 @@
     python tutorials/cards/train.py --out runs/cards --workers 2     2 1/2 hours on 2 CPU cores
     python tutorials/cards/train.py --out runs/cards --device cuda   8 minutes on a GPU
     python tutorials/cards/train.py --out runs/smoke --smoke         every stage, in a minute
+    python tutorials/cards/train.py --out runs/small --ladder 3 ...  a smaller world (world.LADDER)
 
 The bundled teacher learned a smaller world for 300 minutes on two CPU cores, and then on a GPU in
-three runs of minutes, each from the weights of the one before (--start): results.md has them. From
-nothing in today's world, an hour of two cores is far too little: half of the things are right, and
-hardly a word. The whole first command, and the second one, have not been measured.
+three runs of a few minutes, each from the weights of the one before (--start): results.md has them.
+From nothing in today's world, an hour of two cores is far too little: half of the things are right,
+and hardly a word. Neither of the first two commands has been run to its end.
 
 1. Draw:      other processes draw cards with several captions each (data.py) into shared memory.
 2. VAE:       it learns to compress the pictures to latents of a twelfth as many numbers.
@@ -20,7 +21,8 @@ near zero on fast and slow machines alike. Stages and checkpoints are kept in --
 command again goes on where a run was stopped. Every step draws its data and noise from a generator
 seeded by (seed, step), so a stopped run that goes on is the same run, unless its loss has risen
 (Guard). Ctrl-C or SIGTERM first saves and exports what was trained so far. `--out`/teacher is the
-model so far, log.jsonl the log, samples_*.png pictures for unseen prompts.
+model so far, log.jsonl the log, samples_*.png pictures for unseen prompts. prompts.txt is for
+distilling the teacher, prompts_heldout.txt for scoring (evaluate.py).
 """
 
 import copy
@@ -62,11 +64,13 @@ import sampler  # noqa: E402
 from convert_weights import (  # noqa: E402
     Parser,
     UserError,
+    number,
     open_model,
     run_command,
     save_pipeline,
 )
 from files import alone_in, write_whole  # noqa: E402
+from formats import path_name  # noqa: E402
 from hardware import CPU_HAS_BFLOAT16  # noqa: E402
 from model import (  # noqa: E402
     VAE,
@@ -92,7 +96,7 @@ MAX_TOKENS = 32          # of a caption with its chat template
 class Recipe:
     """Every number of a run. These are for 2 CPU cores."""
     seed: int = 0
-    ladder: int = 5               # the world: a step of world.LADDER, with things upright
+    ladder: int = 5               # the world: upright(LADDER[5]) of world.py
     # Draw
     drawings: int = 32768
     captions: int = 8             # of each drawing
@@ -152,8 +156,8 @@ SMOKE = dict(drawings=64, captions=2, vae_drawings=64, vae_tests=2, vae_steps=6,
 
 
 def vae_config(scale=1.0, shift=0.0):
-    # Four channels a group: with one, a group norm would take away each channel's mean, and flat
-    # colors with it.
+    # Four groups, so four channels or more in each: with one channel in a group, a group norm
+    # would take away each channel's mean, and flat colors with it.
     return VAEConfig(latent_channels=16, block_out_channels=(16, 32, 48, 56), layers_per_block=1,
                      norm_num_groups=4, scaling_factor=scale, shift_factor=shift)
 
@@ -227,8 +231,8 @@ def random_times(count, recipe, generator):
 def velocity(nets, x, t, ids, lengths, tokens):
     """The DiT's velocity for captions that are all padded to `tokens` tokens.
 
-    It is nets["dit"](x, t, nets["text_encoder"](ids, lengths)), but that all captions share one
-    padded length, so one table of rotary angles serves the batch and nothing is masked.
+    It equals nets["dit"](x, t, nets["text_encoder"](ids, lengths)), except that all captions share
+    one padded length, so one table of rotary angles serves the batch and nothing is masked.
     """
     dit = nets["dit"]
     features = nets["text_encoder"].embed_tokens(F.pad(ids, (0, tokens - ids.shape[1])))
@@ -682,22 +686,23 @@ def encode_cards(recipe, run, vae, drawings):
 def report(run, model):
     """report.json: scores on unseen prompts by steps and guidance, open and given prompts apart.
 
-    Open prompts leave a third of the attributes out, given ones name all. One step without
-    guidance should be clearly worse on open prompts: that is what distillation has to win.
+    The open ones leave attributes out, as the captions of training do (some name all); the given
+    ones name all. One step without guidance should be clearly worse on open prompts: that is what
+    distillation has to win.
     """
     recipe, rows = model.recipe, []
     many, guidance = recipe.sample_steps, recipe.guidance
     count, world = recipe.report_prompts, recipe.world()
     prompts = {"open": data.prompt_list(count, seed=4, world=world),
                "given": data.prompt_list(count, seed=5, drop=0.0, world=world)}
+    real = {kind: evaluate.drawings(prompts[kind], 1, world) for kind in prompts}
     settings = [(1, 0.0), (many, guidance), (4, guidance), (2, 0.0), (4, 0.0), (many, 0.0)]
     for (steps, strength), kind in itertools.product(settings, prompts):
         if stopping():
             return
         images = evaluate.sample_images(model.pipeline(), prompts[kind], steps, strength)
         row = {"prompts": kind, "steps": steps, "guidance": strength}
-        real = evaluate.drawings(prompts[kind], 1, world)
-        rows.append(row | evaluate.score(images, prompts[kind], real))
+        rows.append(row | evaluate.score(images, prompts[kind], real[kind]))
         save_grid(os.path.join(run.out, f"{kind}_{steps}_{strength:g}.png"), images[:32])
         evaluate.write_json(os.path.join(run.out, "report.json"), rows)
         log(run, stage="report", **{k: v for k, v in rows[-1].items() if not isinstance(v, dict)})
@@ -777,7 +782,7 @@ class Drawings:
     def wait(self, count):
         """Returns when the first `count` cards are drawn.
 
-        KeyboardInterrupt if the run is asked to stop, also when all are drawn: encoding ends, too.
+        KeyboardInterrupt if the run is asked to stop, even when all are drawn: encoding stops, too.
         """
         chunks = self.done[:math.ceil(count / self.CHUNK)]
         while not stopping():
@@ -930,8 +935,8 @@ def listen():
         elif number == signal.SIGTERM:                           # a process that was forked later
             os._exit(1)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, handle)
 
 
 class Stage:
@@ -963,7 +968,7 @@ class Stage:
         return time.monotonic() - self.began
 
     def progress(self):
-        if stopping() or self.step == self.run.stop_after:
+        if stopping() or self.step >= (self.run.stop_after or math.inf):
             return math.inf
         return self.step / self.steps if self.steps else self.seconds() / (60 * self.minutes)
 
@@ -1032,8 +1037,8 @@ def work(recipe, run, drawings, meeting):
     """All of one worker's stages after the drawing."""
     torch.set_num_threads(1)
     if run.rank:
-        for number in (signal.SIGINT, signal.SIGTERM):           # rank 0 says when to stop
-            signal.signal(number, signal.SIG_IGN)
+        for which in (signal.SIGINT, signal.SIGTERM):            # rank 0 says when to stop
+            signal.signal(which, signal.SIG_IGN)
     if run.workers > 1:
         dist.init_process_group("gloo", init_method="file://" + meeting, rank=run.rank,
                                 world_size=run.workers)
@@ -1057,17 +1062,19 @@ def assist(*arguments):
 
 def arguments():
     parser = Parser(description="Train the cards model: VAE, then teacher.")
-    parser.add_argument("--out", required=True, help="folder; the same again continues a run")
+    parser.add_argument("--out", required=True, type=path_name,
+                        help="folder; the same again continues a run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1,
                         help="CPU processes of one thread each, which share the batch")
-    parser.add_argument("--ladder", type=int, choices=data.LADDER,
-                        help="how much of the world it learns, a step of world.LADDER (default: 5)")
+    parser.add_argument("--ladder", type=int, choices=data.STEPS_WITH_WORDS,
+                        help="how much of the world it learns: a step of world.LADDER (default: 5)")
     parser.add_argument("--minutes", type=float, help="time for the teacher")
     parser.add_argument("--vae-minutes", type=float, help="time for the VAE")
-    parser.add_argument("--start", metavar="DIR", help="begin with the weights of this teacher")
+    parser.add_argument("--start", type=path_name, metavar="DIR",
+                        help="begin with the weights of this teacher")
     parser.add_argument("--smoke", action="store_true", help="a tiny run of every stage")
-    parser.add_argument("--stop-after", type=int,
+    parser.add_argument("--stop-after", type=number(1, 10 ** 9, int), metavar="N",
                         help="stop each stage after this many steps, to continue later")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
                         help="other numbers of the recipe")
@@ -1099,7 +1106,7 @@ def recipe_from(args):
 # Numbers of a recipe that may be 0 or False; all others are above it, but for time_mean.
 MAY_BE_ZERO = {"seed", "steps", "vae_steps", "vae_crops", "kl_weight", "decay_from",
                "caption_drop", "word_time", "guidance", "time_mean", "report_prompts",
-               "bundled_vae", "compile", "record"}
+               "probe_prompts", "bundled_vae", "compile", "record"}
 # The largest values where 1e9 is too large: 1 for shares, else what a checkpoint may hold.
 LARGEST = {**dict.fromkeys(("vae_crops", "ema", "caption_drop", "word_time"), 1), "shift": 1e3,
            "guidance": 1e3, "sample_steps": 10_000}
@@ -1111,8 +1118,8 @@ def check_numbers(recipe):
         if not good or value > LARGEST.get(name, 1e9):
             raise UserError(f"--set {name}={value}: it is out of range")
     sampler.time_schedule(recipe.sample_steps, recipe.shift)       # UserError if there is none
-    if recipe.ladder not in data.LADDER:
-        raise UserError(f"--set ladder={recipe.ladder}: its steps are 1 to {len(data.LADDER)}")
+    if recipe.ladder not in data.STEPS_WITH_WORDS:
+        raise UserError(f"--set ladder={recipe.ladder}: choose one of {data.STEPS_WITH_WORDS}")
     if recipe.dim % 32 or recipe.decay_from >= 1:
         raise UserError("--set: dim should be a multiple of 32, and decay_from below 1")
 
@@ -1155,16 +1162,21 @@ def check(args, recipe):
             raise UserError(f"--{name.replace('_', '-')} should be above 0")
     check_numbers(recipe)
     check_start(args, recipe)
-    if os.path.isdir(args.out) and os.listdir(args.out) and not is_run(args.out):
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        check_run(args, recipe)
+
+
+def check_run(args, recipe):
+    """UserError if --out has something else in it than a run of this script in the same world."""
+    begun, path = {}, os.path.join(args.out, "log.jsonl")
+    with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        begun = json.loads(file.readline())
+    if not isinstance(begun, dict) or begun.get("stage") != "start":
         raise UserError(f"--out {args.out} is not empty, and no run of train.py: name a new folder")
-
-
-def is_run(folder):
-    """Whether log.jsonl begins as that of a run of this script."""
-    path = os.path.join(folder, "log.jsonl")
-    with suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
-        return json.loads(file.readline()).get("stage") == "start"
-    return False
+    ladder = begun.get("ladder", 5)
+    if ladder != recipe.ladder:
+        raise UserError(f"--out {args.out} learns step {ladder} of the ladder: name a new folder, "
+                        f"perhaps with --start {args.out}/teacher")
 
 
 def main():
