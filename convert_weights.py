@@ -394,7 +394,7 @@ def open_model(path=None, **named):
         raise UserError(
             f"{path or 'this'} lacks {', '.join(missing)}: add {as_options(usual)}, or put these "
             f"beside the file of --model; to fetch what is missing, give --model {RELEASE} "
-            + as_options(files))
+            + as_options(files) + formats.left_out(path))
     networks = {kind: open_network(kind, files[kind], places.get(kind)) for kind in NETWORKS}
     text = networks["dit"].metadata.get("z_image_settings")
     if text:

@@ -525,7 +525,7 @@ def step_numbers(text):
 
 def parse_arguments(arguments=None):
     """The command line -> a namespace. UserError names the option that is wrong."""
-    whole, some = partial(number, kind=int), Settings()
+    whole, usual = partial(number, kind=int), Settings()
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     for name, kind, default, metavar, text in [
@@ -534,12 +534,12 @@ def parse_arguments(arguments=None):
             ("out", formats.path_name, "runs/distil", "DIR", "directory of the run"),
             ("steps", step_numbers, "4,1,2,8", "N[,N...]", "steps of the student; of several one "
              "is drawn in each iteration, and the first is its default for sampling"),
-            ("alpha", number(1, 100), some.alpha, "A", "guidance scale of CA; 1: no CA"),
+            ("alpha", number(1, 100), usual.alpha, "A", "guidance scale of CA; 1: no CA"),
             ("shift", number(above=0, high=1e3), None, "S", "time shift (default: the teacher's)"),
             ("size", whole(1, 2 ** 15), None, "PIXELS", "of a side (default: the teacher's)"),
             ("iterations", whole(1, 10 ** 8), 300, "N", "updates of the student"),
             ("batch-size", whole(1, 10 ** 5), 16, "N", "prompts in an iteration"),
-            ("fake-updates", whole(1, 1000), some.fake_updates, "N", "updates of the fake in each"),
+            ("fake-updates", whole(1, 1000), usual.fake_updates, "N", "updates of the fake each"),
             ("warmup", whole(0, 10 ** 8), 0, "N", "iterations of the fake alone before the first"),
             ("lr", number(0, 100), 2e-4, "R", "the student's learning rate"),
             ("fake-lr", number(0, 100), 1e-3, "R", "the fake's learning rate"),
@@ -562,7 +562,7 @@ def parse_arguments(arguments=None):
                        ("resume", "go on with the run in --out, with its options"),
                        ("overwrite", "remove the run in --out and begin again")]:
         add(f"--{name}", action="store_true", help=text)
-    add("--schedule", choices=list(SCHEDULES), default=some.schedule,
+    add("--schedule", choices=list(SCHEDULES), default=usual.schedule,
         help="of re-noising times (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of matrix products (default: float32 on a CPU, bfloat16 elsewhere)")

@@ -35,14 +35,9 @@ def new_name():
 def temporary(folder, make):
     """A path in `folder`, made by make(path), and removed at the end unless it was renamed.
 
-    Its writer holds a lock on it, which the system drops when the process ends, however it ends. So
-    a path with a name of this form that is not locked was left by a dead process, and is removed
-    first.
+    Its writer holds a lock on it, which the system drops when the process ends, however it ends.
     """
-    for old in [path for path in folder.iterdir() if PART.fullmatch(path.name)]:
-        with locked(old) as is_mine:
-            if is_mine:
-                remove(old)
+    remove_leftovers(folder)
     with ExitStack() as stack:
         for _ in range(3):                    # another writer may remove a path before it is locked
             path = folder / new_name()
@@ -51,6 +46,14 @@ def temporary(folder, make):
             if stack.enter_context(locked(path)) or not fcntl:
                 break
         yield path
+
+
+def remove_leftovers(folder):
+    """Removes what dead processes left: paths with names of our form that nobody has locked."""
+    for old in [path for path in folder.iterdir() if PART.fullmatch(path.name)]:
+        with locked(old) as is_mine:
+            if is_mine:
+                remove(old)
 
 
 @contextmanager
@@ -145,24 +148,31 @@ def rename_new(part, path):
 def new_directory(path, replace=False):
     """A directory to write in; its files come to lie in `path` when the block ends well.
 
-    `path` must be new or empty. With `replace` it may hold files; those of the same names are
-    replaced at the end, one after the other. After an error in the block all is as it was.
+    `path` must be new or empty. With `replace` it may hold files. A new directory appears whole; in
+    one that exists files appear, or are replaced, one after the other, each of them whole. After an
+    error in the block all is as it was.
     """
     path = Path(path)
     taken = path.exists() and (not path.is_dir() or any(
         not PART.fullmatch(file.name) for file in path.iterdir()))
     if taken and not (replace and path.is_dir()):
         raise UserError(f"{path} exists already; name a new directory, or remove it first")
-    made = not path.exists()
+    is_new, made = not path.exists(), [folder for folder in path.parents if not folder.exists()]
+    home = path.parent if is_new else path    # on the same file system, whatever is mounted
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        try:                                  # inside: on the same file system, whatever is mounted
-            with temporary(path, Path.mkdir) as part:
+        home.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):               # a killed process may have begun when path was new
+            remove_leftovers(path.parent)
+        try:
+            with temporary(home, Path.mkdir) as part:
                 yield part
-                for file in part.iterdir():
+                if is_new:
+                    os.rename(part, path)
+                for file in [] if is_new else part.iterdir():
                     os.replace(file, path / file.name)
         finally:
-            if made and not any(path.iterdir()):
-                path.rmdir()
+            for folder in made:               # those that are still empty
+                with suppress(OSError):
+                    folder.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None

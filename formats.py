@@ -161,9 +161,8 @@ def read_header(path):
         raise UserError(f"{path} is missing, or no file")
     with open(path, "rb") as file:
         beginning = file.read(32)
-    reader = {b"GGUF": read_gguf}.get(beginning[:4])
-    if beginning[8:9] == b"{":
-        reader = read_safetensors
+    reader = read_safetensors if beginning[8:9] == b"{" else None
+    reader = read_gguf if beginning.startswith(b"GGUF") else reader
     try:
         if reader:
             return reader(path)
@@ -253,6 +252,8 @@ def read_gguf(path):
             (reader.text(), ([reader.take("Q") for _ in range(min(reader.take("I"), 9))],
                              reader.take("I"), reader.take("Q"))) for _ in range(tensors))
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-reader.position // alignment) * alignment
     found = {}
     for name, (dims, number, offset) in entries.items():
@@ -607,8 +608,8 @@ def parts_of_adapters(path, tensors, modules):
             raise UserError(f"{path} says the same twice: {parts[part].name} and {name}")
         parts[part] = stored
     if strange or not found:
-        raise UserError(f"{path} is no adapter, or one for another model: there is no place for "
-                        f"{some(strange)}")
+        fault = f"there is no place for {some(strange)}" if strange else "it holds no tensors"
+        raise UserError(f"{path} is no adapter, or one for another model: {fault}")
     return found
 
 
@@ -959,7 +960,7 @@ def check_model_index(path):
     warn_of_unknown(index.keys() - usual.keys(), path)
     for part in index.keys() & usual.keys() - {"_class_name"}:
         names = [usual[part][1], *OTHER_CLASSES.get(part, ())]
-        if not isinstance(index[part], list) or index[part][-1] not in names:
+        if not isinstance(index[part], list) or index[part][-1:] not in [[name] for name in names]:
             raise UserError(f"{path}: {part} is {index[part]!r}; only {some(names)} is supported")
 
 
@@ -1005,11 +1006,15 @@ def load_tokenizer(path):
     tokenizer.no_truncation()
     if getattr(tokenizer.model, "dropout", None):
         raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
-    for token in ("<|im_start|>", "<|im_end|>"):              # of the chat template
-        if len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
+    texts = "<|im_start|>", "<|im_end|>", "<|im_start|>a cat<|im_end|>"
+    try:
+        whole, bare = ([tokenizer.encode(text, add_special_tokens=add).ids for text in texts]
+                       for add in (True, False))
+    except Exception as error:
+        raise UserError(f"{path} cannot read a prompt: {error}") from None
+    for token, ids in zip(texts[:2], bare, strict=False):     # of the chat template
+        if len(ids) != 1:
             raise UserError(f"{path} does not know {token}, so it belongs to another model")
-    whole, bare = (tokenizer.encode("<|im_start|>a cat<|im_end|>", add_special_tokens=add).ids
-                   for add in (True, False))
     if whole != bare:
         raise UserError(f"{path} adds tokens to each prompt (its post_processor), which Z-Image "
                         "was not trained with")
@@ -1197,15 +1202,32 @@ def find_single_files(path, named):
 def files_by_network(folder):
     """{kind: files in this folder that hold such a network}."""
     found = {}
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+    for file in weight_files(folder):
         with suppress(UserError):             # adapters and other models may lie there, too
             for kind in split_parts(*read_header(file), file):
                 found.setdefault(kind, []).append(file)
     return found
 
 
+def weight_files(folder):
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+
+
+def left_out(path):
+    """Why files_by_network could not take some files of a folder: said where a part is missing."""
+    if path is None or not Path(path).exists():
+        return ""
+    faults, path = [], Path(path)
+    for file in weight_files(path if path.is_dir() else path.parent):
+        try:
+            split_parts(*read_header(file), file)
+        except UserError as error:
+            faults.append(str(error))
+    return "; not taken: " + "; ".join(faults[:3]) if faults else ""
+
+
 def download(name, named):
-    """Fetches of a model on the hub what is not named -> its folder in huggingface_hub's cache.
+    """Fetches the parts of a model on the hub that are not named -> its folder in the hub's cache.
 
     First what is small: the indices say which weights there are. Of variants one is fetched.
     The library honors HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME, and goes on where it was stopped.

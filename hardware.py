@@ -87,7 +87,7 @@ def choose_numbers(model, device, dtype, weights):
 
     dtype, weights: from the command line, or None. With int8 weights a CPU takes bfloat16 if it is
     fast in bfloat16; if it does not multiply int8, bfloat16 also replaces the int8 weights.
-    `--like` passes the dtype and weights that a picture has recorded: they must be chosen again.
+    `--like` passes the dtype and weights that a picture has recorded: the choice must be the same.
     UserError: fp8 on Apple's GPUs.
     """
     if weights == "fp8" and device.type == "mps":
@@ -280,6 +280,8 @@ def use_attention(net, name):
     The VAE stays as it is: its one head, as wide as its channels, is too wide for most kernels.
     """
     for layer in net.modules():
+        if isinstance(layer, Bfloat16Attention):       # which asks PyTorch for no kernel
+            layer.__class__ = Attention
         if isinstance(layer, Attention):
             layer.attend = partial(attend_by, ATTENTION[name], layer.attend)
     return net
@@ -582,19 +584,19 @@ def use_tiles(vae, tile=64, above=2e6):
 
 def find_device(name):
     """"auto", "cuda", "cuda:1", "mps", "cpu" -> torch.device. UserError if it is not there."""
-    found = name
+    found, advice = name, "use --device cpu, or leave it out"
     if name == "auto":
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
     if found == "cuda" and "LOCAL_RANK" in os.environ:           # torchrun: a GPU for each process
-        found = f"cuda:{os.environ['LOCAL_RANK']}"
+        found, advice = f"cuda:{os.environ['LOCAL_RANK']}", "start a process for each GPU"
     try:
         device = torch.device(found)
-        if name != "auto":
+        if name != "auto" or device.index:
             torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"there is no device {name!r} on this machine for this PyTorch; use "
-                        "--device cpu, or leave it out") from None
+        raise UserError(f"there is no device {found!r} on this machine for this PyTorch; {advice}"
+                        ) from None
     return device
 
 
@@ -660,6 +662,7 @@ class Choice(NamedTuple):
     offload: str | None = None
     keep: tuple = ("int8", "table")   # what stays as it is stored
     is_merged: bool = False       # adapters change the DiT
+    tile: bool | None = None      # the VAE in tiles; None: where the picture is large
     is_mapped: bool = False       # on a CPU: what is neither cast nor changed stays in its file
 
 
@@ -667,9 +670,11 @@ def weight_bytes(network, choice):
     """Bytes of a network's weights in memory."""
     size, on_device = 0, not choice.is_mapped or (choice.is_merged and network.kind == "dit")
     dtype = torch.float32 if network.kind == "vae" else choice.dtype
+    # A layer that an adapter changes is not kept. Here that may be any layer.
+    keep = () if choice.is_merged and network.kind == "dit" else choice.keep
     for name, piece in network.pieces.items():
         is_block = QUANTIZED.search(name)
-        is_kept = is_block and layer_format(piece.stored) in choice.keep
+        is_kept = is_block and layer_format(piece.stored) in keep
         is_small = is_kept or (is_block and choice.weights)
         keeps_own = "table" in choice.keep and is_table(name, piece.stored)
         own = piece.stored.dtype if keeps_own else dtype
@@ -691,7 +696,8 @@ def memory_needed(networks, size, choice):
                          for kind in ("text_encoder", "dit", "vae"))
     dit_work = 600 * pixels * batch * networks["dit"].config.dim / 3840
     vae_work = 5000 * pixels * networks["vae"].config.block_out_channels[0] / 128
-    if choice.offload == "blocks" or pixels > 2e6:
+    is_large = choice.offload == "blocks" or pixels > 2e6
+    if is_large if choice.tile is None else choice.tile:
         vae_work = min(vae_work, 2e9)
     if choice.offload == "blocks":            # about two blocks of 34, and what is in no block
         encoder, dit = encoder / 10, dit / 10
@@ -711,17 +717,18 @@ def check_memory(checkpoint, device, size, choice):
     needed = memory_needed(networks, size, choice)
     if free is None or needed <= free:
         return
-    options = [{"offload": "networks"}, {"weights": "int8"},
+    options = [{"tile": True}, {"offload": "networks"}, {"weights": "int8"},
                {"weights": "int8", "offload": "networks"}, {"offload": "blocks"},
                {"weights": "int8", "offload": "blocks"}]
     if choice.is_mapped:
-        options = [{"dtype": torch.bfloat16}, {"weights": "int8"},
+        options = [{"tile": True}, {"dtype": torch.bfloat16}, {"weights": "int8"},
                    {"dtype": torch.bfloat16, "weights": "int8"}]
     fitting = []
     for option in options:
         need = memory_needed(networks, size, choice._replace(**option))
         words = " ".join(f"--{name} {value}" for name, value in option.items())
         words = words.replace("torch.", "").replace("offload networks", "offload")
+        words = words.replace("tile True", "tile")
         if need <= free:
             fitting.append(f"{words} needs {need / 1e9:.1f}")
     raise UserError(f"this needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "

@@ -633,7 +633,7 @@ def check_options_fit(args, device, dtype, model, keep):
     pixels = setting(args.height, size) * setting(args.width, size)
     batch = min(args.batch_size, args.num_images * len(args.prompt))
     hardware.check_memory(model, device, (pixels, batch), hardware.Choice(
-        dtype, args.weights, args.offload, keep, bool(args.lora)))
+        dtype, args.weights, args.offload, keep, bool(args.lora), args.tile))
 
 
 def build(args, device):

@@ -376,7 +376,7 @@ class PromptsChangedError(UserError):
 class PromptFile:
     """The lines of a UTF-8 text file that are not empty, read one at a time: it may be large.
 
-    Reading a prompt is a PromptsChangedError if the file was changed or removed since then.
+    Reading a prompt from a file that was changed or removed meanwhile is a PromptsChangedError.
     """
 
     def __init__(self, path):
@@ -482,8 +482,8 @@ class FeatureCache:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
-               SafetensorError, dcp.api.CheckpointException)
+FILE_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+               RuntimeError, SafetensorError, dcp.api.CheckpointException)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 from functools import partial
@@ -21,7 +22,7 @@ import painting
 import reader
 import sampler
 import world
-from conftest import Recorder, refused, run_here
+from conftest import Failing, Recorder, refused, run_here
 
 COUNT = 48
 
@@ -439,9 +440,14 @@ def test_a_thing_that_was_not_asked_for_is_wrong():
     assert evaluate.accuracy(readings, ["a fox and a panda"])["joint"] == 1
 
 
-def test_many_processes_read_the_same(drawn):
+def test_many_processes_read_the_same(drawn, monkeypatch):
     pictures = evaluate.to_uint8(drawn[:32])
-    assert reader.read_all(pictures, workers=2) == [reader.read(picture) for picture in pictures]
+    alone = [reader.read(picture) for picture in pictures]
+    assert reader.read_all(pictures, workers=2) == alone
+    # Without fork, as on Windows, this process reads.
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(multiprocessing, "get_context", Failing(ValueError("no fork")))
+    assert reader.read_all(pictures, workers=2) == alone
 
 
 def test_frechet_of_known_gaussians():

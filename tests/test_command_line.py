@@ -825,6 +825,15 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch, name, expect
     assert sampler.find_device(name) == torch.device(expected)
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(monkeypatch, name):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", Failing(RuntimeError("invalid device ordinal")))
+    with pytest.raises(UserError, match="no device 'cuda:3'.*a process for each GPU"):
+        sampler.find_device(name)
+
+
 def test_a_lora_changes_the_picture_and_is_recorded(tmp_path, pipeline):
     shape = pipeline.dit.layers[0].attention.to_q.weight.shape
     prefix = "diffusion_model.layers.0.attention.to_q"

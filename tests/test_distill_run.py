@@ -406,6 +406,7 @@ def drop_tensors(path):
     ("progress.json", b'{"done": 2, "recent": [{"loss": "x"}]}'),
     ("progress.json", b'{"done": 2, "recent": [{"loss": 1.0}, {"other": 1.0}]}'),
     ("progress.json", b'{"done": 1000000000}'), ("progress.json", b'{"done": -2}'),
+    ("progress.json", b'{"done": 1%s}' % (400 * b"0")),
     ("progress.json", b'{"done": 2, "seconds": NaN}'), ("*.safetensors", b"not a checkpoint"),
     ("*.safetensors", b""), ("../../log.jsonl", b"\xff\xfe"), ("../../log.jsonl", b"[1]\n"),
     ("../../log.jsonl", b'{"iteration": null}\n'), ("../../config.json", b"{}"),

@@ -83,7 +83,7 @@ def stand_in(name, seed, options, job):
             os.kill(os.getpid(), number)
             os.kill(os.getppid(), number)
         signal.pause()
-    return [result(name, seed) | {"options": options, "scoring": sweep.scoring(job)}]
+    return [result(name, seed) | {"options": options, "inputs": sweep.inputs(job, options)}]
 
 
 @pytest.fixture
@@ -136,6 +136,17 @@ def test_results_of_other_options_are_not_mixed(tmp_path, sweep_here, options):
     assert seeds_done(tmp_path) == [("1 step", 0)]
 
 
+def test_results_of_another_teacher_are_not_mixed(tmp_path, sweep_here, monkeypatch):
+    """Also where the options are the same: the bundled teacher may have been trained again."""
+    run = partial(sweep_here, "--only", "1 step", "--seeds")
+    assert run(0).returncode == 0
+    before = distill.fingerprints
+    monkeypatch.setattr(distill, "fingerprints", lambda args: ["another", before(args)[1]])
+    assert refused(run(1), "another teacher")
+    monkeypatch.undo()
+    assert seeds_done(tmp_path) == [("1 step", 0)]
+
+
 @pytest.mark.skipif(not files.fcntl, reason="this system locks no folders")
 def test_two_sweeps_do_not_share_a_folder(tmp_path, sweep_here):
     """Each would run what the other runs, and both would write its results."""
@@ -177,10 +188,28 @@ OTHER_TEACHER = ["--prompts", str(sweep.HERE / "prompts.txt"), "--teacher"]
     (["--size", "64"], "--size"), (["--size=64"], "--size"), (["--resume"], "--resume"),
     (["--overwrite"], "--overwrite"), (["--seed", "3"], "--seed "),
     (["--accumulate", "17"], "--accumulate"), (["--lora", "193"], "--lora"),
-    (["--only", "LoRA 64", *OTHER_TEACHER, str(TINY)], "--lora 64")])
+    (["--only", "LoRA 64", *OTHER_TEACHER, str(TINY)], "error: LoRA 64: --lora 64"),
+    (["--only", "1 step, step-aware fake", "--lora", "4"], "1 step, step-aware fake: with --lora"),
+    (["--table", "--only", "1 step"], "--table"), (["--table", "--alpha", "2"], "--table")])
 def test_wrong_options_are_refused(tmp_path, sweep_here, arguments, word):
     assert refused(sweep_here(*arguments), word)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_new_images_are_those_of_every_number_of_steps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(distill, "backward_simulation",
+                        lambda net, x, text, times, step: (seen.append(len(times) - 1), (x, x))[1])
+    monkeypatch.setattr(distill, "fake_loss", lambda *_: None)
+    monkeypatch.setattr(sweep.scale, "AutocastNet", lambda net, *_: net)
+    pipeline, text = Namespace(shift=3.0, device="cpu"), None
+    for steps in ([2], [1, 4]):
+        parts = sweep.fresh_images(pipeline, Namespace(steps=steps, seed=0, dtype="float32"))
+        parts["adjust"](Namespace(nets={"student": None}))
+        for _ in range(12):
+            parts["fake_loss"](None, torch.zeros(1, 1, 2, 2), None, text, None)
+        assert set(seen) == set(steps)
+        seen.clear()
 
 
 def test_the_data_space_loss_weighs_velocities():
@@ -268,7 +297,7 @@ def test_the_dial_prints_open_and_given_accuracy(tmp_path, monkeypatch):
         seeds.append(seed)
         return torch.rand(2, 3, 8, 8)
     monkeypatch.setattr(evaluate, "sample_images", sample)
-    monkeypatch.setattr(evaluate, "drawings", lambda prompts, seed: torch.rand(2, 3, 8, 8))
+    monkeypatch.setattr(evaluate, "drawings", lambda prompts, *_: torch.rand(2, 3, 8, 8))
     monkeypatch.setattr(evaluate, "score", lambda *_: dict(row))
     monkeypatch.setattr(evaluate, "OPEN_PROMPTS", ["a fox"])
     out = tmp_path / "out.json"

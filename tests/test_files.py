@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import files
-from conftest import ROOT
+from conftest import ROOT, Failing
 from formats import UserError
 
 # Names that look like ours, and are somebody's own.
@@ -28,6 +28,30 @@ def test_only_leftovers_with_our_names_are_removed(tmp_path, name):
     assert not leftover.exists()
     with pytest.raises(UserError, match="exists already"), files.new_directory(tmp_path):
         pass
+
+
+def test_a_new_directory_appears_whole(tmp_path, monkeypatch):
+    """Also when Ctrl-C comes while it is moved to its place; parents that were made go again."""
+    target = tmp_path / "made" / "for" / "it"
+    for failing in ("rename", "replace"):
+        monkeypatch.setattr(os, failing, Failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt), files.new_directory(target) as folder:
+        (folder / "a").write_text("a")
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", Failing(AssertionError()))       # not one file after another
+    with files.new_directory(target) as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+        assert not target.exists()
+    assert sorted(os.listdir(target)) == ["a", "b"]
+    monkeypatch.undo()
+    with files.new_directory(target, replace=True) as folder:
+        (folder / "b").write_text("new")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "a", "b": "new"}
+    with pytest.raises(ValueError), files.new_directory(tmp_path / "x" / "y") as folder:
+        raise ValueError
+    assert os.listdir(tmp_path) == ["made"]
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -394,6 +394,8 @@ def test_adapters_of_another_width(tmp_path):
         load_dit(PLACES["dit"], adapters=[(lora(wide, tmp_path), 1.0)])
     with pytest.raises(UserError, match="no adapter"):
         load_dit(PLACES["dit"], adapters=[(TINY / "vae/diffusion_pytorch_model.safetensors", 1.0)])
+    with pytest.raises(UserError, match="it holds no tensors"):
+        load_dit(PLACES["dit"], adapters=[(lora({}, tmp_path), 1.0)])
     with pytest.raises(UserError, match="alpha is nan"):
         broken = {**SPLIT, "lora_unet_layers_0_attention_to_q.alpha": torch.tensor(torch.nan)}
         load_dit(PLACES["dit"], adapters=[(lora(broken, tmp_path), 1.0)])
@@ -694,3 +696,41 @@ def test_damaged_files():
     errors, loaded, faults = fuzz_files.run(40, seed=0)
     assert not faults
     assert errors > 15 and loaded > 5
+
+
+def gguf_of(tensors, *values):
+    """A GGUF file of tensors with one number each; values: entries of its metadata."""
+    entries = [struct.pack("<Q4sIQIQ", 4, b"%04d" % i, 1, 1, 0, 32 * i) for i in range(tensors)]
+    header = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values)) + b"".join([*values, *entries])
+    return header + bytes(-len(header) % 32 + 32 * tensors)
+
+
+@pytest.mark.parametrize("tensors", [122, 123, 379])
+def test_a_gguf_file_may_have_any_number_of_tensors(tmp_path, tensors):
+    """123 is also the code of {, with which the header of a safetensors file begins."""
+    (tmp_path / "x.gguf").write_bytes(gguf_of(tensors))
+    assert len(formats.read_header(tmp_path / "x.gguf")[0]) == tensors
+
+
+@pytest.mark.parametrize("value", [struct.pack("<If", 6, 32.0), struct.pack("<II", 4, 0)])
+def test_a_strange_alignment_is_damage(tmp_path, value):
+    name = b"general.alignment"
+    entry = struct.pack("<Q", len(name)) + name + value
+    (tmp_path / "x.gguf").write_bytes(gguf_of(1, entry))
+    with pytest.raises(UserError, match="damaged: general.alignment"):
+        formats.read_header(tmp_path / "x.gguf")
+
+
+def test_a_part_that_cannot_be_read_is_named(tmp_path):
+    """Where a folder lacks a part, the files that were not taken may be why."""
+    save_file({"a": torch.zeros(100)}, tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[:200])
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    for path in (tmp_path, tmp_path / "vae.safetensors"):
+        with pytest.raises(UserError, match="lacks .*dit.*not taken: .*x.safetensors is not"):
+            convert_weights.open_model(path)
+    (tmp_path / "x.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks .*dit") as caught:
+        convert_weights.open_model(tmp_path)
+    assert "not taken" not in str(caught.value)

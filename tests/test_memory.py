@@ -524,6 +524,10 @@ def test_which_layers_get_another_kernel(monkeypatch, dtype, bfloat16_is_fast, c
         hardware.use_cpu_kernels(attention)
         is_replaced = dtype == torch.bfloat16 and bfloat16_is_fast and not has_amx
         assert isinstance(attention[0], hardware.Bfloat16Attention) == is_replaced
+        # A kernel that is named takes the place of ours.
+        hardware.use_attention(attention, "math")
+        assert type(attention[0]) is Attention
+        assert attention[0].attend.args[1] is Attention.attend
 
 
 def test_linear_by_onednn(monkeypatch):
@@ -683,13 +687,33 @@ def test_memory_on_a_cpu(in_blocks, choice, gigabytes):
     ("cuda", torch.bfloat16, 1e9, ["smaller --size"], ["needs 1"]),
     ("cpu", torch.float32, 30e9, ["--dtype bfloat16 needs", "--weights int8 needs"],
      ["--offload"]),
-    ("cpu", torch.bfloat16, 3e9, ["smaller --size"], [])])
+    ("cuda", torch.bfloat16, 24e9, ["--tile needs 22.7", "--offload needs"], ["True"]),
+    ("cpu", torch.bfloat16, 3e9, ["--tile needs"], []),
+    ("cpu", torch.bfloat16, 2e9, ["smaller --size"], [])])
 def test_what_makes_it_fit_is_named(monkeypatch, device, dtype, free, offers, others):
     monkeypatch.setattr(hardware, "free_memory", lambda device: free)
     with pytest.raises(UserError) as caught:
         hardware.check_memory(Release(), torch.device(device), SIZE, hardware.Choice(dtype))
     assert all(words in str(caught.value) for words in offers), caught.value
     assert not any(words in str(caught.value) for words in others), caught.value
+
+
+@pytest.mark.parametrize("pixels, tile, gigabytes", [
+    (2 ** 20, None, 25.7), (2 ** 20, True, 22.5), (2 ** 20, False, 25.7),
+    (2 ** 22, None, 23.0), (2 ** 22, False, 41.5)])
+def test_memory_of_the_vae_in_tiles(pixels, tile, gigabytes):
+    choice = hardware.Choice(torch.bfloat16, tile=tile)
+    needed = hardware.memory_needed(Release().networks, (pixels, 1), choice)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_layers_that_an_adapter_changes_are_not_kept():
+    """They are dequantized. With --weights int8 they take one byte again."""
+    dit = Release("I8").networks["dit"]
+    kept, changed, again = (
+        hardware.weight_bytes(dit, hardware.Choice(torch.bfloat16, weights, is_merged=merged))
+        for weights, merged in ((None, False), (None, True), ("int8", True)))
+    assert kept == again and changed == pytest.approx(2 * kept, rel=0.05)
 
 
 @pytest.mark.parametrize("device, free", [("cuda", 80e9), ("cuda", None), ("cpu", 8e9)])

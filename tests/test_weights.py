@@ -518,7 +518,7 @@ def test_other_pipelines_with_the_same_networks(checkpoint, name):
     ("text_encoder", ["transformers", "Qwen3Model"], True),
     ("vae", ["diffusers", "AutoencoderKLWan"], False), ("vae", "AutoencoderKL", False),
     ("tokenizer", ["transformers", "Qwen2TokenizerFast"], True),
-    ("transformer", [None, None], False)])
+    ("transformer", [None, None], False), ("vae", [], False), ("vae", [["AutoencoderKL"]], False)])
 def test_the_classes_of_a_pipeline(checkpoint, part, value, good):
     edit(checkpoint / "model_index.json", {part: value})
     if good:
@@ -646,6 +646,8 @@ def adding(token):
     (lambda t: t["model"]["vocab"].update({"unseen": 512}), "token 512"),
     (lambda t: t["model"].update(dropout=0.1), "dropout"),
     (lambda t: t.pop("model"), "not a tokenizer"),
+    (lambda t: t.update(model={"type": "WordLevel", "vocab": {"<|im_start|>": 0, "<|im_end|>": 1},
+                               "unk_token": "[UNK]"}), "cannot read a prompt.*UNK"),
     (lambda t: t.update(post_processor=adding("<|im_end|>")), "post_processor"),
 ])
 def test_tokenizers_that_do_not_fit(checkpoint, change, words):

@@ -6,7 +6,8 @@
 Two students that start from the same teacher, one with a small alpha and one with a large one, stay
 close enough that weights between theirs make a student, too. Its guidance is then between theirs,
 and sampling costs no more. The share is how far it lies from --low (0) to --high (1). The columns
-are figures of evaluate.py; `open` and `given` are joint accuracies of these prompts.
+are figures of evaluate.py. `open` is the joint accuracy of prompts that leave place, card or ink
+open, and `given` of those that name all three.
 """
 
 import os
@@ -33,6 +34,7 @@ from convert_weights import (  # noqa: E402
     run_command,
     save_pipeline,
 )
+from formats import path_name  # noqa: E402
 
 COLUMNS = ("joint", "open", "given", "strict", "frechet", "saturation", "diversity")
 
@@ -61,7 +63,7 @@ def check_siblings(low, high):
     if low.tokenizer.to_str() != high.tokenizer.to_str():
         different.append("tokenizer")
     if different:
-        raise UserError("--low and --high are no students of one teacher: they differ in "
+        raise UserError("--low and --high do not go together: they differ in "
                         + ", ".join(different))
 
 
@@ -75,7 +77,8 @@ def parse_arguments():
     add("--count", type=number(1, 10 ** 6, int), default=200, metavar="K", help="held-out prompts")
     add("--seed", type=number(0, 10 ** 6, int), default=0, metavar="S")
     add("--json", type=evaluate.json_name, metavar="OUT", help="write all figures to this file")
-    add("--out", metavar="DIR", help="write the student of --share F to this new directory")
+    add("--out", type=path_name, metavar="DIR",
+        help="write the student of --share F to this new directory, and score nothing")
     return parser.parse_args()
 
 

@@ -6,7 +6,7 @@
 Things are found by squared error against every sprite at every place, size, tilt and mirroring, on
 a coarse grid first. Cards are compared with the mean of drawn cards, inks with the color of what
 is written. Characters are found by normalized correlation with every glyph, at every place that a
-word of its length can take. What fits nothing is None: `read` does not guess.
+word of its length can take. What fits nothing is None; a character that fits no glyph is "?".
 """
 
 import functools
@@ -441,7 +441,7 @@ def warm_up():
 def read_all(images, workers=None):
     """Pictures (B, 128, 128, 3), 0 to 255 -> list of what `read` returns."""
     workers = min(workers or os.cpu_count(), len(images) // 16)
-    if workers < 2:
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():     # as on Windows
         return [read(image) for image in images]
     warm_up()                              # children get the tables from their parent
     with multiprocessing.get_context("fork").Pool(workers) as pool:

@@ -1,16 +1,17 @@
 """The claims of the paper on the cards: distils a student for each variant and seed, and scores it.
 
     python tutorials/cards/sweep.py --out runs/sweep --workers 2         goes on where it stopped
-    python tutorials/cards/sweep.py --out runs/sweep --table             the table of what is there
+    python tutorials/cards/sweep.py --out runs/sweep --table             the table of all results
     python tutorials/cards/sweep.py --list                               the variants
 
 Options of distill.py may follow, for every run: --iterations 300 --batch-size 32 --device cuda.
-Without them a run is the bundled student's, but for two steps if the variant names no number.
-Each student is scored by evaluate.py's functions on held-out prompts, at one or several numbers of
-steps. --out/results.jsonl has a line for each variant, seed and number of steps. The table has the
-mean over seeds, and in brackets half the distance between the lowest and the highest seed. "Best"
-is the best of all checkpoints (--sample-every), each scored on a part of the prompts (--watch).
-The exit code is 1 if a run has failed. Ctrl-C or SIGTERM keeps the runs that have ended.
+Without them a run is that of the bundled student, except that a variant without a number of steps
+is trained for two. Each student is scored by evaluate.py's functions on held-out prompts, at one or
+several numbers of steps. --out/results.jsonl has a line for each variant, seed and number of steps.
+The table, also in --out/table.md, has the mean over seeds, and in brackets half the distance
+between the lowest and the highest seed. "Best" is the best of all checkpoints (--sample-every),
+each scored on a part of the prompts (--watch). The exit code is 1 if a run has failed. Ctrl-C or
+SIGTERM keeps the runs that have ended.
 """
 
 import argparse
@@ -103,9 +104,12 @@ def data_space(pipeline, args):
 def fresh_images(pipeline, args):
     """The fake learns on new images of the student in each of its updates, as in the paper."""
     generator = torch.Generator().manual_seed(args.seed)
-    times, found = time_schedule(args.steps[0], pipeline.shift), {}
+    schedules, found = [time_schedule(n, pipeline.shift) for n in args.steps], {}
 
     def loss(fake, x, t, text, noise):
+        times = schedules[0]
+        if len(schedules) > 1:
+            times = schedules[int(torch.randint(len(schedules), (), generator=generator))]
         step = int(torch.randint(len(times) - 1, (), generator=generator))
         start = distill.normal_like(x, generator)
         with torch.no_grad():
@@ -228,23 +232,34 @@ def check(job, options):
             raise UserError(f"{option} is not for a sweep: {REFUSED[option]}")
     if not sampler.read_prompts(job.held_out):
         raise UserError(f"--held-out: there is no prompt in {job.held_out}")
-    runs = [run_arguments(name, options) for name in job.only or VARIANTS]
-    scale.PromptFile(runs[0].prompts)
-    teacher = open_model(runs[0].teacher)
-    for args in runs:
-        distill.make_settings(args, argparse.Namespace(**teacher.settings))
-        if args.accumulate > args.batch_size:
-            raise UserError(f"--accumulate {args.accumulate} is more parts than --batch-size "
-                            f"{args.batch_size} has images")
-        if (args.lora or 0) > teacher.networks["dit"].config.dim:
-            raise UserError(f"--lora {args.lora}: the rank of this teacher's weights is at most "
-                            f"{teacher.networks['dit'].config.dim}")
+    any_run = run_arguments("CA + DM", options)
+    scale.PromptFile(any_run.prompts)
+    teacher = open_model(any_run.teacher)
+    for name in job.only or VARIANTS:
+        try:
+            check_run(name, options, teacher)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
-def scoring(job):
-    """What scores depend on. Those of other prompts or numbers are not averaged with them."""
+def check_run(name, options, teacher):
+    args, (_, changes) = run_arguments(name, options), VARIANTS[name]
+    distill.make_settings(args, argparse.Namespace(**teacher.settings))
+    if args.accumulate > args.batch_size:
+        raise UserError(f"--accumulate {args.accumulate} is more parts than --batch-size "
+                        f"{args.batch_size} has images")
+    if (args.lora or 0) > teacher.networks["dit"].config.dim:
+        raise UserError(f"--lora {args.lora}: the rank of this teacher's weights is at most "
+                        f"{teacher.networks['dit'].config.dim}")
+    if args.lora and changes is step_aware:
+        raise UserError("with --lora the fake is no network of its own, so it cannot know steps")
+
+
+def inputs(job, options):
+    """What results depend on beside options. Those of other files or numbers are not averaged."""
     return {"held_out": fingerprint(job.held_out), "count": job.count, "watch": job.watch,
-            "score_steps": job.score_steps}
+            "score_steps": job.score_steps,
+            "teacher and prompts": distill.fingerprints(run_arguments("CA + DM", options))}
 
 
 def on_device(student):
@@ -298,7 +313,7 @@ def run_variant(name, seed, options, job):
         row = evaluate.score(images, held_out, real, workers=1)
         row |= {"latent_std": float(latents.std()), **about}
         results.append({"variant": name, "seed": seed, "steps": steps, "options": options,
-                        "scoring": scoring(job), "log": json.loads(log[-1]), "score": row})
+                        "inputs": inputs(job, options), "log": json.loads(log[-1]), "score": row})
     for part in () if job.keep else ("checkpoints", "student"):
         shutil.rmtree(folder / part, ignore_errors=True)      # large, and no longer needed
     return results
@@ -398,13 +413,12 @@ def run_all(jobs, workers):
 
 def run_missing(args, options, path):
     """Runs what results.jsonl lacks, and adds it -> the number of runs that failed."""
-    results, failed, wanted = read_results(path), 0, (options, scoring(args))
+    results, failed, wanted = read_results(path), 0, (options, inputs(args, options))
     for r in results:
-        if (r.get("options"), r.get("scoring")) != wanted:
-            raise UserError(f"{path} holds runs with other options, or scored with another "
-                            "--held-out, --count, --watch or --score-steps: name another --out")
-    text = "".join(json.dumps(result) + "\n" for result in results)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))    # no half line
+        if (r.get("options"), r.get("inputs")) != wanted:
+            raise UserError(f"{path} holds runs with other options, of another teacher, or scored "
+                            "with another --held-out, --count, --watch or --score-steps: name "
+                            "another --out")
     done = {(r["variant"], r["seed"]) for r in results}
     jobs = [(name, seed, options, args) for seed in args.seeds for name in args.only or VARIANTS
             if (name, seed) not in done]
@@ -416,8 +430,9 @@ def run_missing(args, options, path):
                 print(f"error: {name}, seed {seed}: {found}", file=sys.stderr)
                 failed += 1
                 continue
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(result) + "\n" for result in found))
+            results += found
+            text = "".join(json.dumps(result) + "\n" for result in results)
+            write_whole(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
     return failed
 
 
@@ -463,6 +478,8 @@ def parse_arguments():
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only: there is no variant {name!r}; --list shows them")
+    if args.table and (args.only or options):
+        raise UserError("--table shows all results: it goes without --only and options of a run")
     distill.parse_arguments(options)          # a mistake ends here, not in a worker
     return args, options
 
@@ -479,7 +496,8 @@ def main():
         with alone_in(path.parent):
             failed = run_missing(args, options, path)
     text = table(read_results(path))
-    (path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(path.parent / "table.md",
+                lambda part: part.write_text(text + "\n", encoding="utf-8"))
     print(text)
     if failed:
         sys.exit(1)
