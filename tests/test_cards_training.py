@@ -104,6 +104,7 @@ def test_a_smaller_world_is_drawn_tried_and_scored(monkeypatch, teacher_inputs):
     assert (drawings.pictures[0] == data.draw(scene)).all()
     _, captions = train.test_cards(replace(recipe, vae_tests=20), torch.device("cpu"))
     assert all(data.shows(world, caption) for caption in captions)
+    assert replace(recipe, upright=False).world() == data.LADDER[2]
     # The probe and the report want what this world has, and compare with its drawings.
     run, scored = train.Run("", torch.device("cpu")), []
 
@@ -130,8 +131,9 @@ def test_a_run_belongs_to_its_step_of_the_ladder(tmp_path, train_here):
     prompts = sampler.read_prompts(tmp_path / "run" / "prompts.txt")
     assert all(data.shows(data.LADDER[2], prompt) for prompt in prompts)
     assert train_here("--ladder", 2).returncode == 0                    # it goes on
-    assert refused(train_here("--ladder", 3), "learns step 2")
-    assert refused(train_here(), "learns step 2")
+    assert refused(train_here("--ladder", 3), "ladder=2")
+    assert refused(train_here(), "ladder=2")
+    assert refused(train_here("--ladder", 2, "--set", "upright=false"), "upright=true")
     assert sampler.read_prompts(tmp_path / "run" / "prompts.txt") == prompts
     assert len(train_here.calls) == 2
 

@@ -96,7 +96,8 @@ MAX_TOKENS = 32          # of a caption with its chat template
 class Recipe:
     """Every number of a run. These are for 2 CPU cores."""
     seed: int = 0
-    ladder: int = 5               # the world: upright(LADDER[5]) of world.py
+    ladder: int = 5               # the world: a step of LADDER in world.py
+    upright: bool = True          # without its sizes and tilts: upright(LADDER[ladder])
     # Draw
     drawings: int = 32768
     captions: int = 8             # of each drawing
@@ -143,7 +144,8 @@ class Recipe:
     save_minutes: float = 10.0
 
     def world(self):
-        return data.upright(data.LADDER[self.ladder])
+        world = data.LADDER[self.ladder]
+        return data.upright(world) if self.upright else world
 
 
 GPU = dict(drawings=64_000, vae_drawings=16384, vae_minutes=1.75, vae_batch=32, vae_crops=0.0,
@@ -1106,7 +1108,7 @@ def recipe_from(args):
 # Numbers of a recipe that may be 0 or False; all others are above it, but for time_mean.
 MAY_BE_ZERO = {"seed", "steps", "vae_steps", "vae_crops", "kl_weight", "decay_from",
                "caption_drop", "word_time", "guidance", "time_mean", "report_prompts",
-               "probe_prompts", "bundled_vae", "compile", "record"}
+               "probe_prompts", "bundled_vae", "compile", "record", "upright"}
 # The largest values where 1e9 is too large: 1 for shares, else what a checkpoint may hold.
 LARGEST = {**dict.fromkeys(("vae_crops", "ema", "caption_drop", "word_time"), 1), "shift": 1e3,
            "guidance": 1e3, "sample_steps": 10_000}
@@ -1173,10 +1175,11 @@ def check_run(args, recipe):
         begun = json.loads(file.readline())
     if not isinstance(begun, dict) or begun.get("stage") != "start":
         raise UserError(f"--out {args.out} is not empty, and no run of train.py: name a new folder")
-    ladder = begun.get("ladder", 5)
-    if ladder != recipe.ladder:
-        raise UserError(f"--out {args.out} learns step {ladder} of the ladder: name a new folder, "
-                        f"perhaps with --start {args.out}/teacher")
+    for name, usual in (("ladder", 5), ("upright", True)):
+        if begun.get(name, usual) != getattr(recipe, name):
+            raise UserError(f"--out {args.out} learns another world ({name}="
+                            f"{json.dumps(begun.get(name, usual))}): name a new folder, perhaps "
+                            f"with --start {args.out}/teacher")
 
 
 def main():
