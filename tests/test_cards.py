@@ -256,6 +256,13 @@ def test_captions_leave_out_a_third():
      {"thing": "frog", "second": "fox", "card": "snow"}),
     ("红色的背景，有一只大熊猫和一个蛋糕，写着生日快乐",
      {"thing": "panda", "second": "cake", "card": "red", "size": "big"}),
+    ("a tired fox, covered in flowers, with the word HI", {"thing": "fox", "word": "HI"}),
+    ("a panda on a rose-colored card", {"thing": "panda"}),
+    ("a red-colored card with a fox", {"thing": "fox", "card": "red"}),
+    ("一只海龟，写着“福”", {"thing": "turtle", "word": "福"}),
+    ("海龟和熊猫", {"thing": "turtle", "second": "panda"}),
+    ("一只熊猫在上海", {"thing": "panda"}), ("大海边的熊猫", {"thing": "panda", "card": "sea"}),
+    ("a husky dog with the word HI", {"thing": "dog", "word": "HI"}),
     ("something else entirely", {})])
 def test_sentences_of_users(text, wanted):
     assert data.parse(text) == wanted

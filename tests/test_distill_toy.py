@@ -7,7 +7,7 @@ sliced Wasserstein-1 distance inside the classes.
 import pytest
 import torch
 
-from distill import renoise
+from distill import NoOtherShield, renoise
 from mixture import (
     CLASSES,
     NULL,
@@ -87,6 +87,17 @@ def test_the_spear_with_distribution_matching_is_bounded_and_sharper(start):
     assert accuracy > 0.99
     assert 1 < std < 3
     assert inside < 0.7
+
+
+def test_another_shield_holds_the_spear(start):
+    """DM or another one: what train passes on to Nets is asked in every iteration."""
+    calls = []
+
+    class Watched(NoOtherShield):
+        def update(self, x):
+            calls.append(x.shape)
+    train(start, 3, alpha=3.0, dm=False, shield=Watched())
+    assert calls == [(128, 2)] * 3
 
 
 # Two steps: one fake for all steps knows the mixture of their outputs and nothing more. Once the

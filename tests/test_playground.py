@@ -116,6 +116,16 @@ def test_what_the_page_says(page):
     assert low["off"] > 0.6 and low["std"] > 1.2
 
 
+def test_a_range_may_be_given_from_its_end(page):
+    """"From" above "to" is the same range."""
+    run = ("(() => { const s = makeStudent('teacher'); iterate(s, {terms: 'both', alpha: 3, "
+           "step: .2, tauCa: %s, tauDm: %s}); return s.points; })()")
+    points = [ask(page, run % ranges) for ranges in (("[.2, .5]", "[.1, .9]"),
+                                                     ("[.5, .2]", "[.9, .1]"))]
+    torch.testing.assert_close(tensor(points[0]), tensor(points[1]))
+    assert points[0] != ask(page, run % ("[.5, .5]", "[.9, .9]"))
+
+
 def test_one_file():
     """It needs no library, no server and no network."""
     outside = r"""(?:src|href)\s*=\s*["'](?!data:)|https?://|@import|url\(|fetch\(|import\("""

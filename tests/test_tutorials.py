@@ -67,12 +67,52 @@ def test_a_teacher_of_another_kind_is_distilled():
     script = ROOT / "tutorials" / "another_teacher.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     figures = {}
-    line = r"(\w+), +(\d+) calls?: +(\S+) +(\S+)"
+    line = r"(\w+), +(\d+) +(\S+) +(\S+)"
     for name, calls, accuracy, std in re.findall(line, run.stdout):
         figures[name, int(calls)] = float(accuracy), float(std)
     assert figures["teacher", 1][0] < 0.75
     for good in (figures["teacher", 50], figures["student", 1]):
         assert good[0] > 0.93 and 0.9 < good[1] < 1.15
+
+
+def test_a_film_takes_only_runs_that_ended_with_its_options(tmp_path, monkeypatch):
+    films, calls = importlib.import_module("films"), []
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+
+    def call(command):
+        calls.append(command)
+        (tmp_path / "runs" / "figures" / "name").mkdir(parents=True, exist_ok=True)
+        if "--stops" in command:
+            raise figures.UserError("stopped")
+    monkeypatch.setattr(figures, "call", call)
+    out = films.run_cards("name", "--alpha 4")
+    assert films.run_cards("name", "--alpha 4") == out and len(calls) == 1
+    with pytest.raises(figures.UserError):
+        films.run_cards("name", "--stops")
+    films.run_cards("name", "--alpha 4")                   # what was there is no longer whole
+    assert [command[-1] for command in calls] == ["4", "--stops", "4"]
+    assert "--overwrite" in calls[0]
+
+
+def test_figures_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
+    for name in ("a.png", "b.svg"):
+        figure, axis = figures.plt.subplots(figsize=(1, 1))
+        axis.plot([1, 2])
+        figures.save(figure, name, palette=name == "a.png")
+    assert Image.open(tmp_path / "images" / "a.png").mode == "P"
+    assert "<svg" in (tmp_path / "images" / "b.svg").read_text()
+    with pytest.raises(figures.UserError, match="exit code 3"):
+        figures.call([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["9"], "no page starts with 9"), (["--links", "03"], "--links"),
+    (["--links", "--write"], "--links")])
+def test_pages_that_are_not_there_are_not_run(arguments, words, monkeypatch):
+    monkeypatch.setattr(pages, "execute", None)
+    result = run_here(pages.main, *arguments)
+    assert result.returncode == 2 and words in result.stderr
 
 
 # --- Read ---------------------------------------------------------------------------------------

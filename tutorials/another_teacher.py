@@ -1,10 +1,11 @@
 """Distils a DDPM, which predicts the noise (epsilon) at steps k, not a velocity at times t.
 
     python tutorials/another_teacher.py                  half a minute of one core. It prints
-                        accuracy  std    std inside a class  distance to the data (mixture.judge)
-    teacher,  1 call    0.598     2.770  4.453               1.674
-    teacher, 50 calls   0.967     0.975  0.924               0.057
-    student,  1 call    0.965     1.041  0.963               0.082
+
+    calls   accuracy   std     std inside a class   distance to the data (mixture.judge)
+    teacher, 1   0.598 2.770 4.453 1.674
+    teacher, 50  0.967 0.975 0.924 0.057
+    student, 1   0.965 1.041 0.963 0.082
 """
 import copy
 import os
@@ -65,8 +66,9 @@ for i in range(500):
     text, noise = torch.randint(4, (256,), generator=g), torch.randn(256, 2, generator=g)
     training_step(nets, text, mixture.NULL, noise, settings, g)
 text = torch.arange(2000) % 4
+print("calls   accuracy   std     std inside a class   distance to the data (mixture.judge)")
 for net, steps in ((teacher, 1), (teacher, 50), (student, 1)):
     noise = torch.randn(2000, 2, generator=g)
     figures = mixture.judge(sample(net, noise, text, time_schedule(steps, 1.0)), text)
     name = "teacher" if net is teacher else "student"
-    print(f"{name}, {steps} calls:", *(f"{n:.3f}" for n in figures))
+    print(f"{name}, {steps:<3}", *(f"{n:.3f}" for n in figures))

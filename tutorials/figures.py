@@ -9,7 +9,9 @@ own figures.
 """
 
 import ast
+import importlib.util
 import inspect
+import io
 import os
 import re
 import signal
@@ -28,6 +30,10 @@ IMAGES = ROOT / "tutorials" / "images"
 WORLD = ROOT / "tutorials" / "cards"     # of the bundled teacher and student
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(WORLD)]
 
+if importlib.util.find_spec("matplotlib") is None:
+    print("error: this needs matplotlib: pip install -r tutorials/requirements.txt",
+          file=sys.stderr)
+    sys.exit(2)
 import matplotlib  # noqa: E402
 
 if __name__ == "__main__":
@@ -37,7 +43,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 
-from convert_weights import Parser, run_command  # noqa: E402
+from convert_weights import Parser, UserError, run_command  # noqa: E402
+from files import write_whole  # noqa: E402
 
 # Okabe and Ito's palette, which stays apart for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -225,14 +232,24 @@ def set_prompt(axis, prompt, more=""):
 
 def save(figure, name, palette=False, **options):
     """Writes the figure to images/. palette: in 256 colors, a third of the bytes."""
-    IMAGES.mkdir(exist_ok=True)
     if name.endswith(".svg"):
         options["metadata"] = {"Date": None}
-    figure.savefig(IMAGES / name, facecolor="white", **options)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=name[-3:], facecolor="white", **options)
     if palette:
         from PIL import Image
-        Image.open(IMAGES / name).convert("RGB").quantize(256).save(IMAGES / name)
+        image = Image.open(drawn).convert("RGB").quantize(256)
+        drawn = io.BytesIO()
+        image.save(drawn, format="PNG")
+    write_whole(IMAGES / name, lambda part: part.write_bytes(drawn.getvalue()))
     plt.close(figure)
+
+
+def call(command):
+    """Runs a command of this repository. UserError if it fails, after what it has said itself."""
+    ended = subprocess.run(command, cwd=ROOT)
+    if ended.returncode:
+        raise UserError(f"{' '.join(command)} ended with exit code {ended.returncode}")
 
 
 def diagram(name):
@@ -250,7 +267,7 @@ def open_prompts(count, english=True):
 
 
 def hero():
-    """Teacher and student at one and at four evaluations, seeds 0 to 9, nothing picked."""
+    """Both at one and four evaluations, the teacher at 32; seeds 0 to 9, nothing picked."""
     from sampler import load_pipeline
     torch.set_num_threads(1)
     teacher, student = load_pipeline(WORLD / "teacher"), load_pipeline(WORLD / "student")
@@ -341,12 +358,11 @@ def observer():
 
 def runs():
     import films
-    films.read_runs().savefig(IMAGES / "runs.png", dpi=90)
+    save(films.read_runs(), "runs.png", dpi=90)
 
 
 def pages():
-    command = [sys.executable, "tests/tools/execute_notebooks.py", "--write"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    call([sys.executable, "tests/tools/execute_notebooks.py", "--write"])
 
 
 FIGURES = {                                              # name: (how, what and how long)

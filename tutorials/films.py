@@ -2,7 +2,6 @@
 
 import copy
 import io
-import subprocess
 import sys
 
 import matplotlib.pyplot as plt
@@ -73,11 +72,14 @@ def pinwheel_film(folder):
 
 
 def run_cards(name, options):
-    """A run of distill.py in runs/NAME, unless it is there already -> its folder."""
-    out = fig.ROOT / "runs" / name
-    if not (out / "student").exists():
+    """A run of distill.py in runs/figures/NAME, unless it is there, finished -> its folder."""
+    out = fig.ROOT / "runs" / "figures" / name
+    finished = out / "finished.txt"            # with the options of the run that has ended
+    if not finished.exists() or finished.read_text() != options:
+        finished.unlink(missing_ok=True)
         command = [sys.executable, str(fig.ROOT / "distill.py"), "--out", str(out), "--overwrite"]
-        subprocess.run(command + options.split(), check=True)
+        fig.call(command + options.split())
+        finished.write_text(options)
     return out
 
 
@@ -119,15 +121,15 @@ def titled(strip, title, height=18):
 
 # --- One good run and four bad ones -------------------------------------------------------------
 
-MINUTE = ("--steps 2 --alpha 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 "
-          "--log-every 5")
+SHORT_RUN = ("--steps 2 --alpha 2 --constant-rate --lr 1e-3 --iterations 60 --batch-size 8 "
+             "--log-every 5")
 READ_RUNS = {"good": "", "rate_too_high": "--lr 1e-2", "fake_too_slow": "--fake-lr 1e-5",
              "alpha_too_large": "--alpha 12", "no_shield": "--no-dm"}
 
 
 def read_runs():
     """The five runs, side by side -> Figure."""
-    return plot_run.compare_runs([run_cards(name, f"{MINUTE} {options}")
+    return plot_run.compare_runs([run_cards(name, f"{SHORT_RUN} {options}")
                                   for name, options in READ_RUNS.items()])
 
 

@@ -156,7 +156,7 @@ def train(start, count, seed=0, lr=1e-3, batch=128, fakes=1, dm=True, shield=Non
     optimizers = [torch.optim.Adam(net.parameters(), lr, (0.0, 0.999)) for net in (student, fake)]
     options = {} if dm else {"dm": no_dm}
     if shield is not None:
-        options["shield"] = shield
+        options["other_shield"] = shield
     nets = Nets(teacher, fake.watch(student), fake, *optimizers, **options)
     for i in range(count):
         for optimizer in optimizers:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until run_command
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from figures import CA, DM, FAKE, GREY, STUDENT  # isort: skip  (it asks for matplotlib)
+from matplotlib.figure import Figure
+
 from convert_weights import Parser, UserError, is_number, read_json, run_command
-from figures import CA, DM, FAKE, GREY, STUDENT
 from files import write_whole
 from sampler import read_image
 

@@ -62,7 +62,7 @@ def build(kind, config, device, dtype):
 
 
 def our_pipeline(size, pixels, device, dtype):
-    if size == "tiny":
+    if size == "bundled":
         pipeline = sampler.load_pipeline(sampler.find_bundled(), device, dtype)
     else:
         networks = {kind: build(kind, config, device, torch.float32 if kind == "vae" else dtype)
@@ -220,8 +220,8 @@ def compare(size, pixels, device, dtype, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description="Time against diffusers.")
-    parser.add_argument("--size", choices=["tiny", *CONFIGS], nargs="+",
-                        default=["tiny", "mid"])
+    parser.add_argument("--size", choices=["bundled", *CONFIGS], nargs="+",
+                        default=["bundled", "mid"])
     parser.add_argument("--pixels", type=int,
                         help="side of all but tiny (default: mid 512, wide and full 256)")
     parser.add_argument("--device", default="cpu")

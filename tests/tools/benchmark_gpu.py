@@ -130,6 +130,8 @@ def main():
     formats = ["bfloat16", *QUANTIZED_DTYPES]
     parser.add_argument("--weights", nargs="+", choices=formats, default=formats)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU, and PyTorch finds none")
     report = Report(args.out)
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     text = encoder_row(report)

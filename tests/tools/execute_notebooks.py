@@ -117,15 +117,19 @@ def main():
     parser.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
     parser.add_argument("--links", action="store_true", help="only correct links to functions")
     args = parser.parse_args()
+    chosen = [path for path in NOTEBOOKS if path.name.startswith(tuple(args.pages or [""]))]
+    unknown = [start for start in args.pages if not any(p.name.startswith(start) for p in chosen)]
+    if unknown:
+        parser.error(f"no page starts with {unknown[0]}")
+    if args.links and (args.pages or args.write):
+        parser.error("--links corrects the links of all pages and runs none: give it alone")
     if args.links:
         for path in LINKED:
             text = path.read_text(encoding="utf-8")
             path.write_text(correct_links(text), encoding="utf-8")
         return
     import nbformat
-    for path in NOTEBOOKS:
-        if args.pages and not path.name.startswith(tuple(args.pages)):
-            continue
+    for path in chosen:
         start = time.time()
         notebook = execute(path, with_answers=not args.write)
         if args.write:

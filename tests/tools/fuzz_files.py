@@ -38,8 +38,8 @@ TINY = DATA / "tiny"
 SECONDS = 30                  # for one case; a hang is more
 
 
-class Hang(Exception):
-    pass
+class Hang(BaseException):
+    """A BaseException, so that no `except Exception` of the program hides it."""
 
 
 def stop(*arguments):

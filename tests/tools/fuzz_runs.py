@@ -51,7 +51,7 @@ DAMAGES = (flip, cut, repeat, other_text, swap_digits)
 
 
 class Hang(BaseException):
-    """No Exception: a program that takes such a one for a fault of a file must not hide it."""
+    """A BaseException, so that no `except Exception` of the program hides it."""
 
 
 def stop(*_):
@@ -64,11 +64,12 @@ def try_case(run, chance):
     files = sorted(file for file in run.rglob("*")
                    if file.is_file() and file.suffix != ".png" and file.stat().st_size)
     file, damage = chance.choice(files), chance.choice(DAMAGES)
-    if chance.random() < 0.1:
+    is_removed = chance.random() < 0.1
+    if is_removed:
         file.unlink()
     else:
         file.write_bytes(damage(file.read_bytes(), chance))
-    done = f"{damage.__name__} {file.relative_to(run)}"
+    done = f"{'remove' if is_removed else damage.__name__} {file.relative_to(run)}"
     signal.alarm(SECONDS)
     try:
         result = run_here(distill.main, "--out", run, "--resume", "--iterations", 3)

@@ -93,19 +93,28 @@ def without_seconds(out):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+def run_whole(words):
+    """A run that nobody kills."""
+    process = start(words)
+    _, stderr = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the run that is not killed failed:\n{stderr}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--out", type=Path, required=True, help="a directory that may be removed")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} exists already: name a new directory")
+    args.out.mkdir(parents=True, exist_ok=True)
     prompts = args.out / "prompts.txt"
     prompts.write_text("a cat\na dog\na fox\n")
     whole, killed = args.out / "whole", args.out / "killed"
-    start(command(whole, *options(prompts, args.iterations))).wait()
+    run_whole(command(whole, *options(prompts, args.iterations)))
     kills, faults, rng = 0, [], random.Random(args.seed)
     words = command(killed, *options(prompts, args.iterations))
     while kills < args.kills:

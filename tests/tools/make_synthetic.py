@@ -117,6 +117,8 @@ def main():
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--lora", type=int, metavar="RANK")
     args = parser.parse_args()
+    if args.lora is not None and (args.lora < 1 or args.sparse or args.layout != "official"):
+        parser.error("--lora is a rank from 1 on, and goes without --layout and --sparse")
     torch.manual_seed(0)
     if args.lora:
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def iteration_cost(config, batch, size, rank, repeats):
             nets, text, null_text, noise, settings, torch.Generator().manual_seed(0))
 
     def passes():
-        """Those of Algorithm 1 at one step: three of the teacher, 2 + 3 of the learners."""
+        """Those of Algorithm 1 at one step: four without gradients, three with."""
         with torch.no_grad():
             for one in (text, text, null_text):
                 nets.teacher(noise, t, one)

@@ -2,10 +2,10 @@
 
     python -m tests.tools.measure_full SCRATCH [--steps 8] [--size 256] [--sparse]
 
-Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 33 GB, none with --sparse: then
+Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 21 GB, none with --sparse: then
 all weights are zero, and products take the same time), its int8 form (11 GB) and, for
-stable-diffusion.cpp, its form in ComfyUI's files and q8_0 GGUF files of these. They are kept; what
-a stopped run has left there has to be removed. Each case is a process of its own: seconds from its
+stable-diffusion.cpp, ComfyUI's files (21 GB) and q8_0 GGUF files of these (11 GB). They are kept; what a
+stopped run has left there has to be removed. Each case is a process of its own: seconds from its
 start to its end, the seconds until the first step begins, those of a step, and the most memory that
 it had at once. "own" is what the system cannot give back (RssAnon); "resident" also counts pages of
 mapped files, which it can.
@@ -143,12 +143,13 @@ def main():
     folder = args.scratch.absolute()
     official, int8, comfy = folder / "official", folder / "int8", folder / "comfy"
     sparse = ["--sparse"] if args.sparse else []
+    has_cpp = all(map(importlib.util.find_spec, ("stable_diffusion_cpp", "gguf")))
     make(official, *sparse)
-    make(comfy, "--layout", "comfy", *sparse)
+    if has_cpp:
+        make(comfy, "--layout", "comfy", *sparse)
     if not int8.exists():
         subprocess.run([sys.executable, ROOT / "convert_weights.py", official, int8,
                         "--dtype", "int8"], check=True)
-    has_cpp = all(map(importlib.util.find_spec, ("stable_diffusion_cpp", "gguf")))
     for file in ("z_image", "qwen_3_4b") if has_cpp else ():
         target = comfy / f"{file}-q8_0.gguf"
         if not target.exists():

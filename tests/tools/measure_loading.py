@@ -2,7 +2,7 @@
 
     python tests/tools/measure_loading.py SCRATCH [--sparse] [--diffusers]
 
-Makes them in SCRATCH first (make_synthetic.py; 33 GB, none with --sparse) and keeps them. Each case
+Makes them in SCRATCH first (make_synthetic.py; 41 GB, none with --sparse) and keeps them. Each case
 runs in a process of its own. Own memory is what the system cannot give back (RssAnon, highest
 value), mapped is what it can (RssFile, at the end).
 """

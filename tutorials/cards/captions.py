@@ -248,18 +248,21 @@ THING = re.compile(rf"\b({_LATIN_NAMES})(?:e?s)?\b|({_CHINESE_NAMES})")
 COLOR_WORDS = {name: name for name in CHINESE_COLORS} | {
     word: name for name, long in CHINESE_COLORS.items() for word in (long, long[0])}
 COLOR_WORDS |= {"粉红色": "pink", "粉红": "pink"}
-_COLOR = alternatives(COLOR_WORDS)
+# English names only as whole words: there is a red in colored, covered and tired.
+_LATIN_COLORS = alternatives(name for name in COLOR_WORDS if name.isascii())
+_CHINESE_COLORS = alternatives(name for name in COLOR_WORDS if not name.isascii())
+_COLOR = rf"(?:(?<![a-z])(?:{_LATIN_COLORS})(?![a-z])|{_CHINESE_COLORS})"
 CARD = re.compile(rf"(?:\bon )?(?:\b(?:a|an|the) )?({_COLOR})(?:[ -]colou?red)?"
                   r"(?: paper| post| greeting)? "
                   rf"(?:card|background|paper)s?\b|({_COLOR})的?(?:贺|纸|明信)?(?:卡片|卡|背景|底|纸)(?:上面?)?")
 _PREPOSITION = r"(?:\b(?:in front of|under|in|at|by|on|near|over) )?(?:\b(?:a|an|the) )?"
 LANDSCAPE_WORDS = {                # in this order: a night sky is no blue sky
-    "night": r"(?:night sky|night|starry sky|stars)\b|夜空下?|夜晚|夜里|晚上|星空下?",
-    "snow": r"(?:snow|snowy \w+|winter)\b|雪地[里上]?|雪中|雪景",
-    "sea": r"(?:sea|seaside|ocean|beach|shore)\b|海边|海滩上?|大海[前边]?|海",
-    "desert": r"(?:sand )?(?:desert|dunes)\b|沙漠[里中]?",
-    "hills": r"(?:green )?(?:hills?|mountains?|meadow)\b|青山前?|山坡上?|山前|群山",
-    "sky": r"(?:blue )?(?:sky|clouds)\b|蓝天下?|天空下?|天上"}
+    "night": r"\b(?:night sky|night|starry sky|stars)\b|夜空下?|夜晚|夜里|晚上|星空下?",
+    "snow": r"\b(?:snow|snowy \w+|winter)\b|雪地[里上]?|雪中|雪景",
+    "sea": r"\b(?:sea|seaside|ocean|beach|shore)\b|海边|海滩上?|大海[前边]?|(?<!上)海",
+    "desert": r"\b(?:sand )?(?:desert|dunes)\b|沙漠[里中]?",
+    "hills": r"\b(?:green )?(?:hills?|mountains?|meadow)\b|青山前?|山坡上?|山前|群山",
+    "sky": r"\b(?:blue )?(?:sky|clouds)\b|蓝天下?|天空下?|天上"}
 ABOVE = r"\babove\b|\bover\b|\bat the top\b|\bon top(?: of)?\b|上面|上方|上边|顶部|之上"
 BELOW = r"\bbelow\b|\bunder\b|\bunderneath\b|\bbeneath\b|\bat the bottom\b|下面|下方|下边|底部|之下"
 MARK = "§"                         # stands for the word, once that has been taken out
@@ -269,7 +272,7 @@ MARK = "§"                         # stands for the word, once that has been ta
 KNOWN = re.compile(alternatives((
     *CHINESE_COLORS.values(), *PLACES.values(), *SIDES.values(), *SIZES.values(), "卡片", "正中",
     *(phrase for _, phrase in LANDSCAPES.values()), "星空", "大海", "大号", "小号", "雪景", "雪中",
-    *(word for key, words in SYNONYMS.items() for word in words if key not in ("写着",)
+    *(word for key, words in SYNONYMS.items() for word in words if key != "写着"
       and not word.isascii()))))
 # The article of `A panda ...` is no word; the letter of `A in red above a panda` is one.
 FIRST_ARTICLE = r"^\s*A (?=[A-Z]?[a-z])(?!(?:in|and|above|below|at|on|under|by)\b)"
@@ -308,8 +311,9 @@ def take_card(text):
     if found:
         name = COLOR_WORDS[found[1] or found[2]]
         return (name if name in COLORS else None), text[:found.start()] + " " + text[found.end():]
+    covered = THING.sub(lambda match: "T" * len(match[0]), text)    # 海龟 is a turtle, and no sea
     for name, words in LANDSCAPE_WORDS.items():
-        found = re.search(f"{_PREPOSITION}(?:{words})", text)
+        found = re.search(f"{_PREPOSITION}(?:{words})", covered)
         if found:
             return name, text[:found.start()] + " " + text[found.end():]
     return None, text
@@ -324,7 +328,7 @@ def find_place(text):
     # `a panda above the word X` and “X”下面是熊猫 tell where the thing is.
     noun = r"(?:word|letter|number|character|text)"
     turned = re.search(r"\b(?:above|over|on top of|below|under|underneath|beneath) (?:(?:the|a) )?"
-                       rf"(?:(?:{_COLOR}) )?(?:{noun} )?{MARK}", text)
+                       rf"(?:{_COLOR} )?(?:{noun} )?{MARK}", text)
     turned = turned or re.search(rf"{MARK}的?(?:{ABOVE}|{BELOW})", text)
     return "above" if above != bool(turned) else "below"
 
@@ -359,10 +363,10 @@ def parse(text):
     if len(things) == 2 and re.search(r"(?:\bright\b|右).*(?:\bleft\b|左)", text):
         things.reverse()
     # `a red apple` says nothing about the ink.
-    text = re.sub(rf"(?:{_COLOR})[ 的]?(?={THING.pattern})", " ", text)
+    text = re.sub(rf"{_COLOR}[ 的]?(?={THING.pattern})", " ", text)
     place = find_place(text)
     text = THING.sub("T", text)
-    ink = re.search(rf"\b({_COLOR})\b|({_COLOR})", text)
+    ink = re.search(_COLOR, text)
     ink = COLOR_WORDS[ink[0]] if ink else None
     values = {"thing": things[0] if things else None, "second": things[1] if things[1:] else None,
               "card": card, "word": word, "ink": ink if ink in INKS else None, "place": place,

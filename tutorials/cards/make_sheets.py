@@ -1,6 +1,6 @@
-"""Makes things.png and glyphs.png, the two sheets that data.py draws with.
+"""Makes things.png and glyphs.png, the two sheets that painting.py draws with.
 
-    npm pack @lobehub/fluent-emoji-3d && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
     apt-get download fonts-noto-cjk && dpkg -x fonts-noto-cjk_*.deb noto
     python tutorials/cards/make_sheets.py --sprites package/assets \\
         --fonts noto/usr/share/fonts/opentype/noto
@@ -9,15 +9,19 @@ The sheets are committed: nobody needs this script in order to draw. Sources and
 NOTICE.txt.
 """
 
-import argparse
 import os
+import sys
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import world
-
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE))]
+
+import world  # noqa: E402
+from convert_weights import Parser, run_command  # noqa: E402
+from files import write_whole  # noqa: E402
+
 CODES = {                                  # Unicode code points: the names of the package's files
     "panda": "1f43c", "rabbit": "1f430", "cat": "1f431", "dog": "1f436", "fox": "1f98a",
     "frog": "1f438", "tiger": "1f42f", "pig": "1f437", "koala": "1f428", "penguin": "1f427",
@@ -53,7 +57,7 @@ def thing(path):
     return Image.fromarray(small.clip(0, 255).round().astype(np.uint8))
 
 
-def ink(character, font):
+def shape(character, font):
     """Mask of one character, cut to what is black."""
     mask = Image.new("L", (1000, 1000))
     ImageDraw.Draw(mask).text((500, 500), character, 255, font=font, anchor="mm")
@@ -62,9 +66,9 @@ def ink(character, font):
 
 def latin(character, font):
     """A capital or digit -> mask, all of one height, however wide or deep the font draws it."""
-    tile = ink(character, font)
+    tile = shape(character, font)
     height = world.CAP
-    if tile.height > 1.06 * ink("H", font).height:           # a tail, as of Q
+    if tile.height > 1.06 * shape("H", font).height:           # a tail, as of Q
         height = round(1.1 * world.CAP)
     width = min(round(tile.width * height / tile.height), world.GLYPH - 2)
     cell = Image.new("L", (world.GLYPH, world.GLYPH))
@@ -75,7 +79,7 @@ def latin(character, font):
 
 def hanzi(character, font):
     """A Chinese character -> mask in the middle of its cell, at the font's own scale."""
-    tile = ink(character, font)
+    tile = shape(character, font)
     scale = (world.GLYPH - 2) / max(HANZI_FACE, tile.width, tile.height)
     size = (round(tile.width * scale), round(tile.height * scale))
     cell = Image.new("L", (world.GLYPH, world.GLYPH))
@@ -91,7 +95,7 @@ def glyph(character, font):
 
 
 POINTS = 400                               # glyphs are drawn large, then scaled down
-HANZI_FACE = 0.90 * POINTS                 # ink of a full Chinese character, of the em square
+HANZI_FACE = 0.90 * POINTS                 # height of a full Chinese character
 
 
 def sheet(tiles, columns, mode):
@@ -104,20 +108,21 @@ def sheet(tiles, columns, mode):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--sprites", required=True, metavar="DIR", help="the package's assets/")
     parser.add_argument("--fonts", required=True, metavar="DIR", help="folder of the two fonts")
     args = parser.parse_args()
     things = [thing(os.path.join(args.sprites, CODES[name] + ".webp")) for name in world.THINGS]
-    picture = sheet(things, world.SHEET_COLUMNS, "RGBA")
-    picture.save(os.path.join(HERE, "things.png"), optimize=True)
     glyphs = []
     for name in world.FONTS:
         font = ImageFont.truetype(os.path.join(args.fonts, FONTS[name]), POINTS, index=SIMPLIFIED)
         glyphs += [glyph(character, font) for character in world.CHARACTERS]
-    picture = sheet(glyphs, world.SHEET_COLUMNS, "L")
-    picture.quantize(LEVELS).save(os.path.join(HERE, "glyphs.png"), optimize=True)
+    sheets = {"things.png": sheet(things, world.SHEET_COLUMNS, "RGBA"),
+              "glyphs.png": sheet(glyphs, world.SHEET_COLUMNS, "L").quantize(LEVELS)}
+    for name, picture in sheets.items():
+        write_whole(os.path.join(HERE, name), lambda part, picture=picture: picture.save(
+            part, format="PNG", optimize=True))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

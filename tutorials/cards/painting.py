@@ -242,7 +242,7 @@ def dot_field(number, count, radius):
 def dots(image, rng, count, radius, color):
     """One of sixteen fields of dots, moved round the edges."""
     field = dot_field(int(rng.integers(16)), count, radius)
-    rows, columns = (np.arange(SIDE) + shift & SIDE - 1 for shift in rng.integers(0, SIDE, 2))
+    rows, columns = ((np.arange(SIDE) + shift) % SIDE for shift in rng.integers(0, SIDE, 2))
     blend(image, field[rows[:, None], columns], as_planes(color))
 
 
