@@ -4,11 +4,11 @@
 
 Makes a checkpoint of random weights in SCRATCH (make_synthetic.py; 21 GB, none with --sparse: then
 all weights are zero, and products take the same time), its int8 form (11 GB) and, for
-stable-diffusion.cpp, ComfyUI's files (21 GB) and q8_0 GGUF files of these (11 GB). They are kept; what a
-stopped run has left there has to be removed. Each case is a process of its own: seconds from its
-start to its end, the seconds until the first step begins, those of a step, and the most memory that
-it had at once. "own" is what the system cannot give back (RssAnon); "resident" also counts pages of
-mapped files, which it can.
+stable-diffusion.cpp, ComfyUI's files (21 GB) and q8_0 GGUF files of these (11 GB). They are kept;
+what a stopped run has left there has to be removed. Each case is a process of its own: seconds from
+its start to its end, the seconds until the first step begins, those of a step, and the most memory
+that it had at once. "own" is what the system cannot give back (RssAnon); "resident" also counts
+pages of mapped files, which it can.
 
 diffusers and stable-diffusion.cpp (stable-diffusion-cpp-python, built from source; gguf makes its
 files) run if they are installed.
