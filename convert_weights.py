@@ -42,7 +42,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import formats
-from files import new_directory
+from files import drop_what_cannot_be_written, end, new_directory
 from formats import (  # noqa: F401
     NETWORKS,
     UserError,
@@ -591,16 +591,16 @@ def run_command(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()                    # a full disk is an error while it can be said
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {error}", 2)
     except OSError as error:                  # no permission, a name too long, a device is gone
         named = f"{error.filename}: " if error.filename else ""
-        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {named}{error.strerror or error}", 2)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
+        end("interrupted; nothing half-written is left", 130)
+    finally:
+        drop_what_cannot_be_written()
 
 
 class Parser(argparse.ArgumentParser):

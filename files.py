@@ -4,6 +4,7 @@
     new_directory(path)          a directory
     temporary(folder, make)      what both are made of
     alone_in(folder)             no other process writes there
+    end(message, code)           how a command ends, whatever its output has become
 
 A process that is killed leaves nothing half-written under a name that anybody reads.
 """
@@ -12,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -109,10 +111,10 @@ def write_whole(path, write):
 
     A link stays a link. Devices and pipes, such as /dev/null, are written to directly.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
-        write(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        write(Path(path))
         return
+    path = Path(os.path.realpath(path))
     with new_file(path) as part:
         write(part)
         os.replace(part, path)
@@ -176,3 +178,25 @@ def new_directory(path, replace=False):
                     folder.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+# --- The end of a command -------------------------------------------------------------------------
+
+
+def end(message, code):
+    """Ends with a sentence on stderr, where that can still be written to, and an exit code."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def drop_what_cannot_be_written():
+    """Flushes both streams. One that is full or closed gets /dev/null in its place.
+
+    Otherwise Python would try again when it ends, complain, and set another exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

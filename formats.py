@@ -155,6 +155,10 @@ def open_files(files):
     return tensors, metadata
 
 
+# What code raises that reads values out of a damaged file.
+JSON_FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 def read_header(path):
     """The header of a safetensors or GGUF file: {name: Stored}, metadata."""
     if not path.is_file():
@@ -166,8 +170,7 @@ def read_header(path):
     try:
         if reader:
             return reader(path)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
-            struct.error) as error:
+    except (*JSON_FAULTS, struct.error) as error:
         raise UserError(f"{path} is not complete, or damaged: {error}") from None
     for start, what in NOT_A_MODEL.items():
         if beginning.startswith(start):
@@ -990,26 +993,46 @@ def check_settings(settings, path):
     return settings
 
 
+def encode(tokenizer, text, add_special_tokens=False):
+    """tokenizer.encode. A PanicException of the library, which is no Exception, becomes one."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(str(error)) from None
+
+
+def read_tokenizer(path):
+    """A tokenizer.json -> tokenizers.Tokenizer, as it stands there."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if re.search(r'"continuing_subword_prefix":\s*"[^"]', text):    # it may end the process
+            raise UserError(f"{path} has a continuing_subword_prefix, which Z-Image's has not")
+        return Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:            # a bare Exception, or Rust's PanicException
+        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+
+
 def load_tokenizer(path):
     """A tokenizers.Tokenizer from a tokenizer.json, or from the folder it is in.
 
     The file remembers padding and truncation of the last call. They are not the model's.
     """
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:                # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+    tokenizer = read_tokenizer(path)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if getattr(tokenizer.model, "dropout", None):
         raise UserError(f"{path} has a dropout: a prompt would not always be the same tokens")
     texts = "<|im_start|>", "<|im_end|>", "<|im_start|>a cat<|im_end|>"
     try:
-        whole, bare = ([tokenizer.encode(text, add_special_tokens=add).ids for text in texts]
-                       for add in (True, False))
+        whole, bare = ([encode(tokenizer, text, special).ids for text in texts]
+                       for special in (True, False))
     except Exception as error:
         raise UserError(f"{path} cannot read a prompt: {error}") from None
     for token, ids in zip(texts[:2], bare, strict=False):     # of the chat template
@@ -1454,6 +1477,12 @@ def damaged_weights(module):
     """Names of weights that are not finite: what to blame where a network's output is not."""
     return [name for name, tensor in module.state_dict().items()
             if tensor.is_floating_point() and not is_finite(tensor)]
+
+
+def advice_for(dtype):
+    """What to do where sampling in this dtype, a name, gives numbers that are not finite."""
+    too_large = "weights, or numbers in a config.json, are too large"
+    return "use --dtype bfloat16 or float32" if dtype == "float16" else too_large
 
 
 def find_cause(pipeline, otherwise):

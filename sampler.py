@@ -88,7 +88,7 @@ def time_schedule(steps, shift):
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     # Rounded as in diffusers, by way of 1000 sigma: the network takes sines of 1000 t.
     times = (1000 - 1000 * sigma) / 1000
-    if steps < 1 or not shift > 0 or not (times.diff() > 0).all():
+    if steps < 1 or not shift > 0 or not (times.diff() > 0).all() or times[0].abs() > 1e-3:
         raise UserError(f"there is no schedule of {steps} steps with a shift of {shift}")
     return times
 
@@ -138,7 +138,7 @@ def decode(pipeline, latents):
     if not latents.isfinite().all():
         dtype = str(pipeline.dit.x_embedder.weight.dtype).removeprefix("torch.")
         raise UserError(f"sampling in {dtype} gave numbers that are not finite: "
-                        + formats.find_cause(pipeline, "use --dtype bfloat16 or float32"))
+                        + formats.find_cause(pipeline, formats.advice_for(dtype)))
     images = torch.cat([pipeline.vae.decode(item[None]) for item in latents])
     if not images.isfinite().all():
         raise UserError("the decoded image is not finite: "
@@ -199,7 +199,7 @@ def token_ids(tokenizer, prompt):
     beginning = prompt[:MAX_CHARACTERS]
     templated = TEMPLATE.format(beginning)
     try:
-        encoded = tokenizer.encode(templated, add_special_tokens=False)
+        encoded = formats.encode(tokenizer, templated)
     except (TypeError, UnicodeError):
         raise UserError(f"the prompt {beginning!r} is not valid Unicode text") from None
     except Exception as error:                # the library raises bare Exception
@@ -493,7 +493,7 @@ def read_recorded(parser, args):
         if not {*names} <= RECORDED:
             raise UserError(f"it names options that no picture has: {[*names]!r}"[:200])
         words = [word_of(name, text[name]) for name in names]
-        known = vars(parser.parse_args([*words, "--out", str(args.out)]))
+        known = vars(parser.parse_args([*words, f"--out={args.out}"]))
         known["width"], known["height"] = known.pop("size")
         known["prompt"] = [] if args.prompts else [text["prompt"]]
         recorded_files = json.loads(text["files"])
@@ -503,16 +503,16 @@ def read_recorded(parser, args):
             if getattr(args, name) or (args.model and name in PARTS):
                 continue                      # a model that is given replaces all parts
             if name == "lora":
-                known[name] = [(find_file(args.like, name, file, mark), float(strength))
-                               for file, mark, strength in files]
+                strength = convert_weights.number(-100, 100)
+                known[name] = [(find_file(args.like, name, file, mark), strength(str(number)))
+                               for file, mark, number in files]
             else:
-                [(file, mark)] = files
-                known[name] = find_file(args.like, name, file, mark)
+                known[name], = (find_file(args.like, name, file, mark) for file, mark in files)
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
     except (OSError, NotImplementedError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {args.like}: {unreadable(error)}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError, RecursionError):
+    except (*formats.JSON_FAULTS, SyntaxError, argparse.ArgumentTypeError):
         raise UserError(f"{args.like} does not say how this program made it") from None
     return {name: value for name, value in known.items() if value is not None}
 
@@ -545,7 +545,7 @@ def find_file(picture, option, name, digest):
 def read_prompts(path):
     """The lines of a UTF-8 text file, without empty ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8").replace("\ufeff", "").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the prompts in {path}: {reason}") from None
@@ -565,12 +565,12 @@ def read_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # of very large pictures
             image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+            raise UserError("its numbers are floating-point, or of 32 bits; save it with 8 or 16")
         if image.mode.startswith("I"):        # 16 bits, which Pillow would clip to 8
             gray = np.array(image).astype(np.int64)
             gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
             image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
-        if image.mode == "F":
-            raise UserError("its numbers are floating-point; save it with 8 or 16 bits")
         image = image.convert("RGBA")
     except UserError as error:
         raise UserError(f"cannot read the image {path}: {error}") from None

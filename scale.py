@@ -387,7 +387,10 @@ class PromptFile:
             with open(path, "rb") as file:
                 self.state = self.state_of(file)
                 for line in file:
-                    if line.decode("utf-8-sig").strip():
+                    if b"\r" in line.rstrip(b"\r\n"):
+                        raise UserError(f"--prompts {path}: end its lines by newlines, not by "
+                                        "carriage returns alone")
+                    if self.text(line):
                         self.starts.append(position)
                     position += len(line)
         except (OSError, UnicodeDecodeError) as error:
@@ -402,6 +405,11 @@ class PromptFile:
         return len(self.starts)
 
     @staticmethod
+    def text(line):
+        """A line in bytes -> the prompt as sampler.read_prompts reads it."""
+        return line.decode().replace("\ufeff", "").strip()
+
+    @staticmethod
     def state_of(file):
         """What changes when somebody edits the file: its size and the time of the last write."""
         status = os.fstat(file.fileno())
@@ -414,7 +422,7 @@ class PromptFile:
                 self.state = state             # it was written again as it was
             if state == self.state:
                 file.seek(self.starts[i])
-                return file.readline().decode("utf-8-sig").strip()
+                return self.text(file.readline())
         raise PromptsChangedError(f"the prompts in {self.path} were changed or removed during the "
                                   "run; put them back and go on with --resume")
 
@@ -568,6 +576,10 @@ def load_checkpoint(out, tensors, processes):
     """
     folders, log, lines = checkpoints(out / "checkpoints"), out / "log.jsonl", []
     progress = Progress()
+    # Pictures of a student come just before its checkpoint: of the second one, after the first.
+    if not folders and len([*(out / "samples").glob("*.png")]) > 1:
+        raise UserError(f"the checkpoints of {out} are gone, so it cannot go on: begin the run "
+                        "again by --overwrite")
     try:
         if folders:
             with without_log():
@@ -579,9 +591,12 @@ def load_checkpoint(out, tensors, processes):
         lines = [line for line in lines if line.endswith("\n")
                  and json.loads(line)["iteration"] <= progress.done]
     except FILE_FAULTS as error:
-        raise UserError(f"{folders[-1]} or {log} is damaged ({first_line(error)}); remove the "
-                        "damaged one: without this checkpoint the run goes on from the one before, "
-                        "without the log it begins a new log") from None
+        advice = ("remove the damaged one: without this checkpoint the run goes on from the one "
+                  "before, without the log it begins a new log")
+        if len(folders) == 1:
+            advice = "without the log it begins a new log; the run has no other checkpoint"
+        raise UserError(f"{folders[-1]} or {log} is damaged ({first_line(error)}); {advice}"
+                        ) from None
     if processes.rank == 0 and log.exists():
         write_whole(log, lambda part: part.write_text("".join(lines)))
     return progress
@@ -659,6 +674,10 @@ def check_folder(args):
             raise UserError(f"--overwrite would remove {option}: take another --out")
         if name == "teacher" and place in out.resolve().parents:
             raise UserError(f"--out {out} lies in {option}: take another --out")
+        if name == "teacher" and args.cache_features:        # it would be another teacher then
+            cache = Path(args.cache_features).resolve()
+            if place in (cache, *cache.parents):
+                raise UserError(f"--cache-features {cache} lies in {option}: take another folder")
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         if read_run(out) is None:
             raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -513,7 +514,8 @@ def test_noise_is_that_of_the_sampler(monkeypatch):
 
 
 class FakePipeline:
-    steps, guidance, shift, vae = 4, 1.0, 3.0, None
+    steps, guidance, shift, vae, size, pixel_multiple = 4, 1.0, 3.0, None, 128, 16
+    dit = SimpleNamespace(config=SimpleNamespace(axes_lens=(64, 8, 8)))
 
 
 def perfect_images(pipeline, prompts, steps, guidance, seed, **options):
@@ -548,6 +550,45 @@ def test_json(monkeypatch, tmp_path, capsys):
     assert {"joint", "thing", "card", "ink", "place", "word", "characters", "frechet", "std_ratio",
             "diversity", *evaluate.GROUPS} <= row.keys()
     assert "| x, 2 steps, guidance 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--guidance", 0, "--guidance-every", 4], "--guidance-every"),
+    (["--guidance", 0, "--cfg-truncation", 0.5], "--cfg-truncation")])
+def test_options_without_effect_are_refused(monkeypatch, capsys, options, words):
+    assert run(monkeypatch, "--model", "x", "--count", 2, *options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_draw_cards_is_refused_before_the_work(monkeypatch, capsys):
+    small = SimpleNamespace(config=SimpleNamespace(axes_lens=(64, 4, 4)))
+    monkeypatch.setattr(FakePipeline, "dit", small)
+    assert run(monkeypatch, "--model", "x", "--count", 2) == 2
+    assert "height should be" in capsys.readouterr().err and not perfect_images.seeds
+
+
+def test_numbers_that_are_not_finite_are_no_picture(pipeline):
+    pipeline.dit.final_layer.linear.bias.data[0] = torch.nan
+    with pytest.raises(convert_weights.UserError, match="not finite"):
+        evaluate.sample_latents(pipeline, ["a cat"], 1, 0.0)
+
+
+def test_a_list_may_be_given_in_parts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "x --model a b --model c --steps 1 --steps 2".split())
+    args = evaluate.arguments()
+    assert args.model == ["a", "b", "c"] and args.steps == [1, 2] and args.guidance is None
+
+
+def test_processes_that_read_end_by_their_parent_s_signal():
+    """A handler of the parent's, in Python, could miss SIGTERM while a process waits."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        reader.as_worker()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_step_of_the_ladder_is_scored(tmp_path, monkeypatch):

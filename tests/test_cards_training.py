@@ -125,6 +125,12 @@ def test_a_smaller_world_is_drawn_tried_and_scored(monkeypatch, teacher_inputs):
         assert torch.equal(real, evaluate.drawings(prompts, 1, world))
 
 
+def test_settings_may_be_given_in_parts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "train.py --out x --set dim=64 seed=2 --set batch=8".split())
+    recipe = train.recipe_from(train.arguments())
+    assert (recipe.dim, recipe.seed, recipe.batch) == (64, 2, 8)
+
+
 def test_a_run_belongs_to_its_step_of_the_ladder(tmp_path, train_here):
     assert train_here("--ladder", 2).returncode == 0
     assert train_here.calls[0][0].ladder == 2
@@ -463,6 +469,7 @@ def test_a_start_that_does_not_fit_is_refused_before_cards_are_drawn(
 
 @pytest.mark.parametrize("options", [
     ("--ladder", "1"), ("--out", ""), ("--start", ""), ("--stop-after", "-1"),
+    ("--smoke", "--minutes", "5"), ("--set", "vae_steps=3", "--vae-minutes", "5"),
     ("--set", "no_such_number=3"), ("--set", "batch"), ("--workers", "0"),
     ("--workers", "5", "--smoke"), ("--minutes", "0"), ("--device", "cuda", "--workers", "2"),
     *(("--set", setting) for setting in (

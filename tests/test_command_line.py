@@ -147,6 +147,35 @@ def test_a_picture_that_cannot_be_renamed_leaves_no_empty_file(tmp_path, monkeyp
     assert not [*tmp_path.iterdir()]
 
 
+FULL = """
+import sys
+sys.path.insert(0, {root!r})
+import convert_weights
+def main():
+    print("much" * 5000)
+    raise {error}
+convert_weights.run_command(main)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("stream, error, code, sentence", [
+    ("stdout", "SystemExit(0)", 2, "error: No space left on device\n"),
+    ("stderr", "convert_weights.UserError('no')", 2, None),
+    ("stderr", "KeyboardInterrupt", 130, None)])
+def test_output_that_cannot_be_written_is_one_error(stream, error, code, sentence):
+    """And not what Python says of it at its end, with exit code 120."""
+    # Without a buffer Python writes at once: most users have one.
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    source = FULL.format(root=str(ROOT), error=error)
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | {stream: full}
+        command = [sys.executable, "-c", source]
+        ended = subprocess.run(command, env=environment, text=True, **streams)
+    assert ended.returncode == code
+    assert sentence is None or ended.stderr == sentence
+
+
 @pytest.mark.parametrize("error, sentence", [
     (OSError(28, "No space left on device"), "error: No space left on device\n"),
     (OSError(28, "No space left on device", "a.txt"), "error: a.txt: No space left on device\n"),
@@ -446,9 +475,25 @@ def test_a_picture_that_loses_much_is_said_to_be_cropped(monkeypatch, size, is_s
     assert "far enough" in result.stderr and ("cropped" in result.stderr) == is_said
 
 
-def test_a_picture_of_floating_point_numbers_is_refused():
+def test_pictures_of_other_numbers_are_refused():
     Image.new("F", (48, 32), 0.5).save("float.tiff")
     refused(run_here(sampler.main, "a cat", "--init-image", "float.tiff", *SMALL), "floating-point")
+    Image.new("I", (48, 32), 70000).save("large.tiff")
+    refused(run_here(sampler.main, "a cat", "--init-image", "large.tiff", *SMALL), "32 bits")
+
+
+def test_like_takes_names_that_begin_with_a_dash():
+    draw("a cat", *SMALL)
+    draw("--like", "image.png", "--model", TINY, "--out=-a.png")
+    assert same_pixels("image.png", "-a.png")
+
+
+@pytest.mark.parametrize("strength", ["1e400", "NaN", "101", "1" + 400 * "0"])
+def test_like_with_a_strength_that_no_option_takes(strength, monkeypatch):
+    files = f'{{"lora": [["a.safetensors", "x", {strength}]]}}'
+    monkeypatch.setattr(sampler, "find_file", lambda *_: "a.safetensors")
+    Image.new("RGB", (8, 8)).save("other.png", pnginfo=png_with({**GOOD, "files": files}))
+    assert refused(run_here(sampler.main, "--like", "other.png"), "other.png")
 
 
 @pytest.mark.parametrize("rank, world", [("1", "1"), ("abc", "2"), ("0", "0"), ("-1", "2")])

@@ -669,6 +669,41 @@ def test_a_run_whose_prompts_change_is_saved_and_goes_on(command, monkeypatch):
     assert command.log_without_seconds() == wanted
 
 
+def test_prompts_are_read_as_sampler_reads_them(tmp_path):
+    """A mark of byte order may stand anywhere, where files were joined."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\n\ufeffa dog \n\ufeff\n狐狸".encode())
+    prompts = scale.PromptFile(path)
+    assert [prompts[i] for i in range(len(prompts))] == sampler.read_prompts(path)
+    assert sampler.read_prompts(path) == ["a cat", "a dog", "狐狸"]
+    path.write_bytes(b"a cat\ra dog\r")
+    with pytest.raises(scale.UserError, match="carriage returns"):
+        scale.PromptFile(path)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(finished):
+    before = (finished.out / "log.jsonl").read_bytes()
+    shutil.rmtree(finished.out / "checkpoints")
+    assert refused(finished.resume("--iterations", 3), "checkpoints", "--overwrite")
+    assert (finished.out / "log.jsonl").read_bytes() == before
+
+
+def test_advice_names_only_what_helps(finished):
+    first, newest = sorted((finished.out / "checkpoints").iterdir())
+    shutil.rmtree(first)
+    drop_tensors(next(newest.glob("*.safetensors")))
+    result = finished.resume("--iterations", 3)
+    assert refused(result, "no other checkpoint") and "before" not in result.stderr
+
+
+def test_a_cache_in_the_teacher_is_refused(command, tmp_path):
+    """It would be another teacher then, and the run could not go on."""
+    teacher = shutil.copytree(TINY, tmp_path / "teacher")
+    for folder in (teacher, teacher / "features"):
+        assert refused(command("--teacher", teacher, "--cache-features", folder), "lies in")
+        assert not (teacher / "features").exists() and not command.out.exists()
+
+
 def test_prompts_from_a_pipe_are_refused(command):
     command.prompts.unlink()
     os.mkfifo(command.prompts)

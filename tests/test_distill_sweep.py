@@ -103,15 +103,15 @@ def seeds_done(tmp_path):
 
 
 def test_a_sweep_goes_on_and_a_failure_does_not_end_it(tmp_path, sweep_here):
-    run = partial(sweep_here, "--only", "2 steps", "4 steps", "1 step", "--seeds", 0, 1)
-    first = run("--workers", 2)
+    run = partial(sweep_here, "--only", "2 steps", "4 steps", "1 step", "--seeds")
+    first = run(0, 1, "--workers", 2)
     assert first.returncode == 1 and first.stderr.count("\n") == 4
     for words in ("2 steps, seed 0: ValueError", "2 steps, seed 1", "4 steps, seed 0: its process",
                   "4 steps, seed 1", "exit code -9"):
         assert f"{words}" in first.stderr
     assert sorted(seeds_done(tmp_path)) == [("1 step", 0), ("1 step", 1)]
     assert "| 1 step |" in (tmp_path / "sweep" / "table.md").read_text()
-    again = run("--seeds", 1, 2)
+    again = run(1, 2)
     assert "seed 0" not in again.stderr                            # what was chosen
     assert sorted(seeds_done(tmp_path)) == [("1 step", 0), ("1 step", 1), ("1 step", 2)]
     assert sweep_here("--only", "1 step", "--seeds", 0, 1).returncode == 0
@@ -280,6 +280,11 @@ def test_the_dial_takes_students_of_one_teacher(change, words):
 
 def test_the_dial_writes_one_student_and_over_nothing(tmp_path):
     run = partial(run_here, dial.main, "--low", TINY, "--high", TINY)
+    for options in (("--steps", 2), ("--count", 2), ("--seed", 0), ("--json", tmp_path / "x.json")):
+        assert refused(run("--out", tmp_path / "new", "--share", 0.5, *options), options[0])
+    assert refused(run("--out", ""), "--out")
+    teacher = sweep.HERE / "teacher"
+    assert refused(run_here(dial.main, "--low", teacher, "--high", teacher), "wants guidance")
     assert refused(run("--out", tmp_path, "--share", 0.5), "exists already")
     assert refused(run("--out", tmp_path / "new", "--share", 0.2, 0.5), "one --share")
     assert not list(tmp_path.iterdir())

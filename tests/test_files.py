@@ -74,6 +74,16 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert stat.S_ISFIFO(os.stat(pipe).st_mode)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="this system has no /dev/fd")
+def test_a_pipe_without_a_name_is_written_to():
+    """As /dev/stdout is one in `evaluate.py --json /dev/stdout | less`."""
+    reader, writer = os.pipe()
+    files.write_whole(f"/dev/fd/{writer}", lambda part: part.write_text("new"))
+    os.close(writer)
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+
+
 def test_a_folder_is_one_process_s(tmp_path):
     hold = ("import pathlib, sys, time, files\nwith files.alone_in(pathlib.Path(sys.argv[1])):\n"
             "    print('in', flush=True)\n    time.sleep(60)")

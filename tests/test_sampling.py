@@ -60,6 +60,12 @@ def test_sample_on_plain_points():
     torch.testing.assert_close(x, torch.full((5, 2), 3.0))
 
 
+@pytest.mark.parametrize("steps, shift", [(1, 1e-9), (1, 1e-7), (0, 3.0), (4, 0.0), (50, 1e9)])
+def test_schedules_that_do_not_lead_from_noise_to_data(steps, shift):
+    with pytest.raises(sampler.UserError, match="no schedule"):
+        sampler.time_schedule(steps, shift)
+
+
 def test_time_schedule_by_hand():
     # sigma = 3u / (1 + 2u) for u = 1, 7/8, ..., 1/8, then 0; t = 1 - sigma
     by_hand = [0, 1 / 22, 1 / 10, 1 / 6, 1 / 4, 5 / 14, 1 / 2, 7 / 10, 1]

@@ -5,6 +5,7 @@ tests/tools/execute_notebooks.py has what reads and runs a page. plot_run.py's t
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -355,6 +356,23 @@ def test_command_line(folder, tmp_path):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width == 1200
     assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_only_its_own_pictures_are_drawn_again(folder, tmp_path):
+    add_samples(folder, [4, 8])
+    assert run(folder).returncode == run(folder).returncode == 0
+    for other in (folder / "samples" / "000004.png", tmp_path / "photo.png"):
+        Image.new("RGB", (8, 8)).save(other)
+        before = other.read_bytes()
+        assert refused(run(folder, "--out", other), "not a picture of this program")
+        assert other.read_bytes() == before
+    assert refused(run(folder, "--out", ""), "--out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are any bytes")
+def test_a_folder_whose_name_is_not_unicode(folder):
+    other = folder.rename(folder.with_name(os.fsdecode(b"run\xff")))
+    assert run(other).returncode == 0
 
 
 def test_several_runs_side_by_side(folder, tmp_path):

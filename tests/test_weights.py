@@ -646,6 +646,8 @@ def adding(token):
     (lambda t: t["model"]["vocab"].update({"unseen": 512}), "token 512"),
     (lambda t: t["model"].update(dropout=0.1), "dropout"),
     (lambda t: t.pop("model"), "not a tokenizer"),
+    (lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "tokenizer.json"),
+    (lambda t: t["model"].update(continuing_subword_prefix="x"), "continuing_subword_prefix"),
     (lambda t: t.update(model={"type": "WordLevel", "vocab": {"<|im_start|>": 0, "<|im_end|>": 1},
                                "unk_token": "[UNK]"}), "cannot read a prompt.*UNK"),
     (lambda t: t.update(post_processor=adding("<|im_end|>")), "post_processor"),
@@ -658,6 +660,15 @@ def test_tokenizers_that_do_not_fit(checkpoint, change, words):
     else:
         with pytest.raises(UserError, match=words):
             convert_weights.open_model(checkpoint)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(checkpoint):
+    """Its PanicException is no Exception. This file panics at words that are not known."""
+    path = checkpoint / "tokenizer/tokenizer.json"
+    edit(path, lambda t: t.update(normalizer={"type": "Prepend", "prepend": ""}))
+    tokenizer = Tokenizer.from_file(str(path))
+    with pytest.raises(UserError, match="cannot read 'x'"):
+        sampler.token_ids(tokenizer, "x")
 
 
 @pytest.mark.parametrize("change, words", [

@@ -10,6 +10,7 @@ rows share an axis. tutorials/how_to_read_a_run.md says what to look for.
 import json
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from figures import CA, DM, FAKE, GREY, STUDENT  # isort: skip  (it asks for matplotlib)
 from matplotlib.figure import Figure
+from PIL import Image
 
 from convert_weights import Parser, UserError, is_number, read_json, run_command
 from files import write_whole
+from formats import path_name
 from sampler import read_image
 
 STRIPS = 6                                                # rows of samples, at most
@@ -107,7 +110,7 @@ def plot_run(folder):
         heights += [sum(11.7 * image.height / image.width + 0.35 for image in strips.values())]
     figure = Figure(figsize=(12, sum(heights)))
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-    parts[0].suptitle(f"The run {folder.resolve().name}", parse_math=False)
+    parts[0].suptitle(f"The run {name_of(folder)}", parse_math=False)
     for axis, panel in zip(parts[0].subplots(2, 3).flat, PANELS, strict=True):
         draw_panel(axis, log, *panel)
     if strips:
@@ -117,6 +120,11 @@ def plot_run(folder):
             axis.set(xticks=[], yticks=[], frame_on=False)
             axis.set_title(f"Samples after iteration {iteration}")
     return figure
+
+
+def name_of(folder):
+    """The name of a folder as text: it need not be Unicode."""
+    return folder.resolve().name.encode("utf-8", "replace").decode()
 
 
 def compare_runs(folders, count=4):
@@ -138,7 +146,7 @@ def compare_runs(folders, count=4):
                 axis.axis("off")
             if column and axis.get_legend():
                 axis.get_legend().remove()
-        title = f"{folder.resolve().name}\n\n{SIDE_BY_SIDE[0][0]}"
+        title = f"{name_of(folder)}\n\n{SIDE_BY_SIDE[0][0]}"
         axes[0, column].set_title(title, parse_math=False)
         axis, strips = axes[-1, column], read_strips(folder, 2)
         axis.set(xticks=[], yticks=[], frame_on=False)
@@ -150,19 +158,32 @@ def compare_runs(folders, count=4):
     return figure
 
 
+MARK = {"Source": "plot_run.py"}            # in its pictures, which it may draw again
+
+
+def is_own(path):
+    """Whether a file is a picture that this program has made."""
+    with suppress(Exception), Image.open(path) as image:
+        return image.text.items() >= MARK.items()
+    return False
+
+
 def main():
     """The command line."""
     parser = Parser(description="Draw the curves and the samples of runs of distill.py.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="what was --out of distill.py")
-    parser.add_argument("--out", metavar="FILE.png",
+    parser.add_argument("--out", type=path_name, metavar="FILE.png",
                         help="default: run.png in RUN_DIR; of several, runs.png beside the first")
     args = parser.parse_args()
     first, several = Path(args.runs[0]), len(args.runs) > 1
     out = Path(args.out or (first.parent / "runs.png" if several else first / "run.png"))
     if out.suffix.lower() != ".png" or out.is_dir():      # never over a file of another kind
         raise UserError(f"--out should be the name of a .png file, not {out}")
+    if out.exists() and not is_own(out):
+        raise UserError(f"{out} is there already, and not a picture of this program: name another "
+                        "--out, or remove it")
     figure = compare_runs(args.runs) if several else plot_run(first)
-    write_whole(out, lambda part: figure.savefig(part, format="png", dpi=100))
+    write_whole(out, lambda part: figure.savefig(part, format="png", dpi=100, metadata=MARK))
     print(out)
 
 

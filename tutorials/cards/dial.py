@@ -49,7 +49,10 @@ def between(low, high, share):
 
 
 def check_siblings(low, high):
-    """UserError where two students differ in more than the weights of the DiT."""
+    """UserError where two students differ in more than the weights of the DiT, or are none."""
+    if low.guidance or high.guidance:
+        raise UserError("--low and --high should be students: one of them is a model that wants "
+                        "guidance")
     different = [name for name in ("shift", "size", "steps", "trained_steps")
                  if getattr(low, name) != getattr(high, name)]
     if low.dit.config != high.dit.config:
@@ -72,20 +75,33 @@ def parse_arguments():
     add = parser.add_argument
     add("--low", required=True, metavar="DIR", help="the student with the smaller alpha")
     add("--high", required=True, metavar="DIR", help="the student with the larger alpha")
-    add("--share", type=number(0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="F")
-    add("--steps", type=number(1, 1000, int), default=4, metavar="N")
-    add("--count", type=number(1, 10 ** 6, int), default=200, metavar="K", help="held-out prompts")
-    add("--seed", type=number(0, 10 ** 6, int), default=0, metavar="S")
+    add("--share", type=number(0, 1), nargs="+", action="extend", metavar="F",
+        help="one or several (default: 0 0.25 0.5 0.75 1)")
+    add("--steps", type=number(1, 1000, int), metavar="N", help="of scoring (default: 4)")
+    add("--count", type=number(1, 10 ** 6, int), metavar="K",
+        help="held-out prompts to score on (default: 200)")
+    add("--seed", type=number(0, 10 ** 6, int), metavar="S", help="of scoring (default: 0)")
     add("--json", type=evaluate.json_name, metavar="OUT", help="write all figures to this file")
     add("--out", type=path_name, metavar="DIR",
         help="write the student of --share F to this new directory, and score nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.share = args.share or [0, 0.25, 0.5, 0.75, 1]
+    scoring = [f"--{name}" for name in ("json", *DEFAULTS) if getattr(args, name) is not None]
+    if args.out and (len(args.share) != 1 or scoring):
+        raise UserError("--out writes one student and scores nothing: it goes with one --share"
+                        + (f", and without {' and '.join(scoring)}" if scoring else ""))
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+DEFAULTS = {"steps": 4, "count": 200, "seed": 0}
 
 
 def main():
+    signal.signal(signal.SIGTERM, evaluate.end_by_exception)
     args = parse_arguments()
-    if args.out and (len(args.share) != 1 or args.json):
-        raise UserError("--out writes one student: it goes with one --share, and without --json")
     if args.out and Path(args.out).exists():
         raise UserError(f"{args.out} exists already; name a new directory")
     prompts = sampler.read_prompts(HERE / "prompts_heldout.txt")
@@ -93,6 +109,7 @@ def main():
         raise UserError(f"--count {args.count}: there are {len(prompts)} held-out prompts")
     low, high = sampler.load_pipeline(args.low), sampler.load_pipeline(args.high)
     check_siblings(low, high)
+    sampler.check_size(low, evaluate.data.SIDE, evaluate.data.SIDE)
     if args.out:
         student = between(low, high, args.share[0])
         save_pipeline(Path(args.out), student.dit, student.text_encoder, student.vae,

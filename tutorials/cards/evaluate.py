@@ -206,6 +206,7 @@ RESTART_SEEDS = 10 ** 9  # seeds of the next round of noise: no other prompt has
 def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, restarts=0, **options):
     """Prompts -> latents (B, C, h, w). The noise of prompt i is that of seed + i, as in sampler.
 
+    UserError for latents that are not finite.
     restarts: how often the result is noised again, to RESTART_TIME or just after it, and goes
     through the rest of the schedule once more (Restart sampling, arXiv 2306.14878).
     options: of sampler.sample.
@@ -226,7 +227,11 @@ def sample_latents(pipeline, prompts, steps, guidance, seed=0, batch=20, restart
             x = sampler.sample(pipeline.dit, way[0] * x + (1 - way[0]) * noise.to(device), text,
                                way, guidance=guidance, negative=negative, **options)
         latents.append(x)
-    return torch.cat(latents)
+    latents = torch.cat(latents)
+    if not latents.isfinite().all():
+        raise UserError("sampling gave numbers that are not finite: the model is damaged, or was "
+                        "trained too fast")
+    return latents
 
 
 @torch.no_grad()
@@ -318,11 +323,12 @@ def arguments():
     parser = Parser(description="Score cards checkpoints; print a markdown table.")
     folders = [os.path.join(HERE, name) for name in ("teacher", "student")]
     bundled = [folder for folder in folders if os.path.exists(folder)]
-    parser.add_argument("--model", nargs="+", default=bundled, metavar="DIR",
+    parser.add_argument("--model", nargs="+", action="extend", metavar="DIR",
                         help="one or several checkpoint folders (default: the bundled ones)")
-    parser.add_argument("--steps", type=number(1, 1000, int), nargs="+", metavar="N",
+    parser.add_argument("--steps", type=number(1, 1000, int), nargs="+", action="extend",
+                        metavar="N",
                         help="one or several numbers of steps (default: the checkpoint's)")
-    parser.add_argument("--guidance", type=number(0, 100), nargs="+", metavar="G",
+    parser.add_argument("--guidance", type=number(0, 100), nargs="+", action="extend", metavar="G",
                         help="one or several: v + g (v - v_negative) (default: the checkpoint's)")
     parser.add_argument("--guidance-every", type=number(1, 1000, int), default=1, metavar="K",
                         help="compute v - v_negative in every K-th step only (default: 1)")
@@ -343,7 +349,9 @@ def arguments():
                         help="one prompt a line; the first K (default: K held-out prompts)")
     parser.add_argument("--json", type=json_name, metavar="OUT",
                         help="write all figures to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.model = args.model or bundled
+    return args
 
 
 def prompts_for(args, world):
@@ -389,7 +397,28 @@ def runs(args, pipelines):
                 yield model, pipeline, steps, guidance
 
 
+def check_runs(args, pipelines):
+    """UserError, before an hour of work, for a model of another size and for idle options."""
+    for pipeline in pipelines:
+        sampler.check_size(pipeline, data.SIDE, data.SIDE)
+    for _, pipeline, steps, _ in runs(args, pipelines):
+        times = sampler.time_schedule(steps, pipeline.shift)
+        if args.restarts and times[-2] < RESTART_TIME:
+            raise UserError(f"--restarts {args.restarts} has no effect with --steps {steps}: no "
+                            f"step begins at {RESTART_TIME} or later")
+    guided = any(guidance for *_, guidance in runs(args, pipelines))
+    if not guided and (args.guidance_every > 1 or args.cfg_truncation < 1):
+        raise UserError("without --guidance there is no effect of --guidance-every and of "
+                        "--cfg-truncation")
+
+
+def end_by_exception(*_):
+    """Handler of SIGTERM: processes that read pictures end with this one."""
+    sys.exit(143)
+
+
 def main():
+    signal.signal(signal.SIGTERM, end_by_exception)
     args = arguments()
     if not args.model:
         raise UserError("no checkpoint is bundled; name one with --model")
@@ -397,15 +426,12 @@ def main():
     prompts = prompts_for(args, world)
     device = sampler.find_device(args.device)
     pipelines = [sampler.load_pipeline(model, device) for model in args.model]
+    check_runs(args, pipelines)
     for pipeline in pipelines if args.weights else ():
         sampler.quantize(pipeline.dit, args.weights)
         sampler.quantize(pipeline.text_encoder, args.weights)
     options = {"guidance_every": args.guidance_every, "cfg_truncation": args.cfg_truncation,
                "restarts": args.restarts}
-    for _, pipeline, steps, _ in runs(args, pipelines) if args.restarts else ():
-        if sampler.time_schedule(steps, pipeline.shift)[-2] < RESTART_TIME:
-            raise UserError(f"--restarts {args.restarts} has no effect with --steps {steps}: no "
-                            f"step begins at {RESTART_TIME} or later")
     real = drawings(prompts, args.seed + 1, world)
     print("| | " + " | ".join((*FIGURES, "diversity")) + " |\n|" + "---|" * (len(FIGURES) + 2))
     row = score(drawings(prompts, args.seed + 2, world), prompts, real) | {"diversity": 1.0}

@@ -13,6 +13,7 @@ import functools
 import math
 import multiprocessing
 import os
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -438,11 +439,20 @@ def warm_up():
         bank((thing,), tuple(range(len(POSES))), 2)
 
 
+def as_worker():
+    """A process that reads: Ctrl-C is its parent's, and what its parent does on SIGTERM, too.
+
+    The parent ends it by SIGTERM. A handler in Python may miss that while the process waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def read_all(images, workers=None):
     """Pictures (B, 128, 128, 3), 0 to 255 -> list of what `read` returns."""
     workers = min(workers or os.cpu_count(), len(images) // 16)
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():     # as on Windows
         return [read(image) for image in images]
     warm_up()                              # children get the tables from their parent
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, as_worker) as pool:
         return pool.map(read, images, chunksize=8)

@@ -462,19 +462,21 @@ def parse_arguments():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", default="runs/sweep", help="folder of the runs and of results.jsonl")
-    add("--seeds", type=number(0, 10 ** 6, int), nargs="+", default=[0, 1, 2])
-    add("--only", nargs="+", metavar="NAME", help="these variants alone")
+    add("--seeds", type=number(0, 10 ** 6, int), nargs="+", action="extend", metavar="S",
+        help="(default: 0 1 2)")
+    add("--only", nargs="+", action="extend", metavar="NAME", help="these variants alone")
     add("--workers", type=number(1, 256, int), default=1, help="runs side by side")
     add("--count", type=number(1, 10 ** 6, int), default=1000, help="held-out prompts to score on")
     add("--watch", type=number(1, 10 ** 6, int), default=200, metavar="N",
         help="prompts to score each checkpoint on")
     add("--held-out", default=str(HERE / "prompts_heldout.txt"), metavar="FILE")
-    add("--score-steps", type=number(1, 1000, int), nargs="+", metavar="N",
+    add("--score-steps", type=number(1, 1000, int), nargs="+", action="extend", metavar="N",
         help="numbers of steps to score at (default: those that were trained)")
     add("--keep", action="store_true", help="keep checkpoints and students")
     add("--table", action="store_true", help="print the table of the results there are")
     add("--list", action="store_true", help="print the variants")
     args, options = parser.parse_known_args()
+    args.seeds = args.seeds or [0, 1, 2]
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only: there is no variant {name!r}; --list shows them")

@@ -1078,7 +1078,7 @@ def arguments():
     parser.add_argument("--smoke", action="store_true", help="a tiny run of every stage")
     parser.add_argument("--stop-after", type=number(1, 10 ** 9, int), metavar="N",
                         help="stop each stage after this many steps, to continue later")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE",
                         help="other numbers of the recipe")
     return parser.parse_args()
 
@@ -1147,6 +1147,15 @@ def check_start(args, recipe):
             raise UserError(f"--start {args.start}: its {name.replace('_', ' ')} has other sizes")
 
 
+def check_times(args, recipe):
+    for name, steps in (("minutes", "steps"), ("vae_minutes", "vae_steps")):
+        if not getattr(recipe, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} should be above 0")
+        if getattr(args, name) is not None and getattr(recipe, steps):
+            raise UserError(f"--{name.replace('_', '-')} has no effect beside {steps}="
+                            f"{getattr(recipe, steps)} (--set or --smoke)")
+
+
 def check(args, recipe):
     if args.workers < 1 or recipe.batch % args.workers:
         raise UserError(f"--workers should divide the batch of {recipe.batch}, "
@@ -1159,9 +1168,7 @@ def check(args, recipe):
         raise UserError("--device cuda: PyTorch finds no GPU here")
     if recipe.record and args.device != "cuda":
         raise UserError("--set record=true is for --device cuda")
-    for name in ("minutes", "vae_minutes"):
-        if not getattr(recipe, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} should be above 0")
+    check_times(args, recipe)
     check_numbers(recipe)
     check_start(args, recipe)
     if os.path.isdir(args.out) and os.listdir(args.out):
