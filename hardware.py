@@ -696,8 +696,10 @@ def memory_needed(networks, size, choice):
                          for kind in ("text_encoder", "dit", "vae"))
     dit_work = 600 * pixels * batch * networks["dit"].config.dim / 3840
     vae_work = 5000 * pixels * networks["vae"].config.block_out_channels[0] / 128
-    is_large = choice.offload == "blocks" or pixels > 2e6
-    if is_large if choice.tile is None else choice.tile:
+    in_tiles = choice.tile
+    if in_tiles is None:
+        in_tiles = choice.offload == "blocks" or pixels > 2e6
+    if in_tiles:
         vae_work = min(vae_work, 2e9)
     if choice.offload == "blocks":            # about two blocks of 34, and what is in no block
         encoder, dit = encoder / 10, dit / 10

@@ -507,7 +507,7 @@ def read_recorded(parser, args):
                 known[name] = [(find_file(args.like, name, file, mark), strength(str(number)))
                                for file, mark, number in files]
             else:
-                known[name], = (find_file(args.like, name, file, mark) for file, mark in files)
+                [known[name]] = [find_file(args.like, name, file, mark) for file, mark in files]
     except UserError as error:
         raise UserError(f"{args.like}: {error}") from None
     except (OSError, NotImplementedError, Image.DecompressionBombError) as error:

@@ -23,7 +23,7 @@ import painting
 import reader
 import sampler
 import world
-from conftest import Failing, Recorder, refused, run_here
+from conftest import TINY, Failing, Recorder, refused, run_here
 
 COUNT = 48
 
@@ -567,7 +567,8 @@ def test_a_model_that_cannot_draw_cards_is_refused_before_the_work(monkeypatch, 
     assert "height should be" in capsys.readouterr().err and not perfect_images.seeds
 
 
-def test_numbers_that_are_not_finite_are_no_picture(pipeline):
+def test_numbers_that_are_not_finite_are_no_picture():
+    pipeline = sampler.load_pipeline(TINY)
     pipeline.dit.final_layer.linear.bias.data[0] = torch.nan
     with pytest.raises(convert_weights.UserError, match="not finite"):
         evaluate.sample_latents(pipeline, ["a cat"], 1, 0.0)
