@@ -632,7 +632,7 @@ def number(low=-math.inf, high=math.inf, kind=float, above=None):
 
 
 def adapter(text):
-    """An argparse type: FILE or FILE:STRENGTH -> (file, strength). A drive's colon is no end."""
+    """An argparse type: FILE or FILE:STRENGTH -> (file, strength). C: is a drive."""
     file, _, strength = text.rpartition(":")
     if not file or re.fullmatch(r"[A-Za-z]", file) or Path(text).exists():
         return formats.path_name(text), 1.0

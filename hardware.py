@@ -589,7 +589,8 @@ def find_device(name):
         found = "mps" if torch.backends.mps.is_available() else "cpu"
         found = "cuda" if torch.cuda.is_available() else found
     if found == "cuda" and "LOCAL_RANK" in os.environ:           # torchrun: a GPU for each process
-        found, advice = f"cuda:{os.environ['LOCAL_RANK']}", "start a process for each GPU"
+        found = f"cuda:{os.environ['LOCAL_RANK']}"
+        advice = "start a process for each GPU" if torch.cuda.is_available() else advice
     try:
         device = torch.device(found)
         if name != "auto" or device.index:

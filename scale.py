@@ -576,8 +576,10 @@ def load_checkpoint(out, tensors, processes):
     """
     folders, log, lines = checkpoints(out / "checkpoints"), out / "log.jsonl", []
     progress = Progress()
-    # Pictures of a student come just before its checkpoint: of the second one, after the first.
-    if not folders and len([*(out / "samples").glob("*.png")]) > 1:
+    # A picture is written just before its checkpoint, so two pictures mean that there was one.
+    pictures = [path for path in (out / "samples").glob("*")
+                if re.fullmatch(OLD_FOLDERS["samples"], path.name)]
+    if not folders and len(pictures) > 1:
         raise UserError(f"the checkpoints of {out} are gone, so it cannot go on: begin the run "
                         "again by --overwrite")
     try:
@@ -594,7 +596,8 @@ def load_checkpoint(out, tensors, processes):
         advice = ("remove the damaged one: without this checkpoint the run goes on from the one "
                   "before, without the log it begins a new log")
         if len(folders) == 1:
-            advice = "without the log it begins a new log; the run has no other checkpoint"
+            advice = ("if it is the log, remove it, and the run begins a new one; if it is the "
+                      "checkpoint, there is no other: begin again by --overwrite")
         raise UserError(f"{folders[-1]} or {log} is damaged ({first_line(error)}); {advice}"
                         ) from None
     if processes.rank == 0 and log.exists():

@@ -580,8 +580,12 @@ def test_a_list_may_be_given_in_parts(monkeypatch):
     assert args.model == ["a", "b", "c"] and args.steps == [1, 2] and args.guidance is None
 
 
-def test_processes_that_read_end_by_their_parent_s_signal():
+def test_processes_that_read_end_by_their_parent_s_signal(drawn, monkeypatch):
     """A handler of the parent's, in Python, could miss SIGTERM while a process waits."""
+    pool = Recorder(multiprocessing.get_context("fork").Pool)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=pool))
+    reader.read_all(evaluate.to_uint8(drawn[:32]), workers=2)
+    assert pool.calls == [(2, reader.as_worker)]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         reader.as_worker()

@@ -877,6 +877,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, name):
     monkeypatch.setattr(torch, "zeros", Failing(RuntimeError("invalid device ordinal")))
     with pytest.raises(UserError, match="no device 'cuda:3'.*a process for each GPU"):
         sampler.find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu"):
+        sampler.find_device("cuda")
 
 
 def test_a_lora_changes_the_picture_and_is_recorded(tmp_path, pipeline):

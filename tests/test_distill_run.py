@@ -693,7 +693,7 @@ def test_advice_names_only_what_helps(finished):
     shutil.rmtree(first)
     drop_tensors(next(newest.glob("*.safetensors")))
     result = finished.resume("--iterations", 3)
-    assert refused(result, "no other checkpoint") and "before" not in result.stderr
+    assert refused(result, "there is no other") and "the one before" not in result.stderr
 
 
 def test_a_cache_in_the_teacher_is_refused(command, tmp_path):

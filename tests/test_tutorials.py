@@ -364,7 +364,7 @@ def test_only_its_own_pictures_are_drawn_again(folder, tmp_path):
     for other in (folder / "samples" / "000004.png", tmp_path / "photo.png"):
         Image.new("RGB", (8, 8)).save(other)
         before = other.read_bytes()
-        assert refused(run(folder, "--out", other), "not a picture of this program")
+        assert refused(run(folder, "--out", other), "not marked as a picture")
         assert other.read_bytes() == before
     assert refused(run(folder, "--out", ""), "--out")
 

@@ -180,8 +180,8 @@ def main():
     if out.suffix.lower() != ".png" or out.is_dir():      # never over a file of another kind
         raise UserError(f"--out should be the name of a .png file, not {out}")
     if out.exists() and not is_own(out):
-        raise UserError(f"{out} is there already, and not a picture of this program: name another "
-                        "--out, or remove it")
+        raise UserError(f"{out} is there already, and not marked as a picture of this program "
+                        "(older ones are not): name another --out, or remove it")
     figure = compare_runs(args.runs) if several else plot_run(first)
     write_whole(out, lambda part: figure.savefig(part, format="png", dpi=100, metadata=MARK))
     print(out)

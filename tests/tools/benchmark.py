@@ -223,7 +223,7 @@ def main():
     parser.add_argument("--size", choices=["bundled", *CONFIGS], nargs="+",
                         default=["bundled", "mid"])
     parser.add_argument("--pixels", type=int,
-                        help="side of all but tiny (default: mid 512, wide and full 256)")
+                        help="side, but for bundled (default: mid 512, wide and full 256)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+",
                         help="default: both on a CPU, bfloat16 on a GPU")

@@ -416,9 +416,10 @@ def run_missing(args, options, path):
     results, failed, wanted = read_results(path), 0, (options, inputs(args, options))
     for r in results:
         if (r.get("options"), r.get("inputs")) != wanted:
-            raise UserError(f"{path} holds runs with other options, of another teacher, or scored "
-                            "with another --held-out, --count, --watch or --score-steps: name "
-                            "another --out")
+            raise UserError(f"{path} holds runs with other options, of another teacher or other "
+                            "prompts, scored with another --held-out, --count, --watch or "
+                            "--score-steps, or made before teachers were compared: name another "
+                            "--out")
     done = {(r["variant"], r["seed"]) for r in results}
     jobs = [(name, seed, options, args) for seed in args.seeds for name in args.only or VARIANTS
             if (name, seed) not in done]
@@ -476,12 +477,13 @@ def parse_arguments():
     add("--table", action="store_true", help="print the table of the results there are")
     add("--list", action="store_true", help="print the variants")
     args, options = parser.parse_known_args()
-    args.seeds = args.seeds or [0, 1, 2]
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only: there is no variant {name!r}; --list shows them")
-    if args.table and (args.only or options):
-        raise UserError("--table shows all results: it goes without --only and options of a run")
+    if args.table and (args.only or args.seeds or args.score_steps or options):
+        raise UserError("--table shows all results: it goes without --only, --seeds, --score-steps "
+                        "and options of a run")
+    args.seeds = args.seeds or [0, 1, 2]
     distill.parse_arguments(options)          # a mistake ends here, not in a worker
     return args, options
 
