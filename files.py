@@ -146,6 +146,12 @@ def rename_new(part, path):
             raise
 
 
+def move_files(part, path):
+    """Moves all that lies in one directory to another one, over files of the same names."""
+    for file in part.iterdir():
+        os.replace(file, path / file.name)
+
+
 @contextmanager
 def new_directory(path, replace=False):
     """A directory to write in; its files come to lie in `path` when the block ends well.
@@ -163,15 +169,16 @@ def new_directory(path, replace=False):
     home = path.parent if is_new else path    # on the same file system, whatever is mounted
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):               # a killed process may have begun when path was new
-            remove_leftovers(path.parent)
+        if not is_new:
+            with suppress(OSError):           # a killed process may have begun when path was new
+                remove_leftovers(path.parent)
         try:
             with temporary(home, Path.mkdir) as part:
                 yield part
                 if is_new:
                     os.rename(part, path)
-                for file in [] if is_new else part.iterdir():
-                    os.replace(file, path / file.name)
+                else:
+                    move_files(part, path)
         finally:
             for folder in made:               # those that are still empty
                 with suppress(OSError):

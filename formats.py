@@ -17,7 +17,7 @@ import os
 import re
 import struct
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -993,14 +993,21 @@ def check_settings(settings, path):
     return settings
 
 
-def encode(tokenizer, text, add_special_tokens=False):
-    """tokenizer.encode. A PanicException of the library, which is no Exception, becomes one."""
+@contextmanager
+def panics_are_errors():
+    """In it the tokenizers library's PanicException, which is no Exception, is a RuntimeError."""
     try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        yield
     except (Exception, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise RuntimeError(str(error)) from None
+
+
+def encode(tokenizer, text, add_special_tokens=False):
+    """tokenizer.encode; what goes wrong in it is an Exception."""
+    with panics_are_errors():
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def read_tokenizer(path):
@@ -1011,10 +1018,11 @@ def read_tokenizer(path):
         text = path.read_text(encoding="utf-8")
         if re.search(r'"continuing_subword_prefix":\s*"[^"]', text):    # it may end the process
             raise UserError(f"{path} has a continuing_subword_prefix, which Z-Image's has not")
-        return Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit, UserError):
+        with panics_are_errors():
+            return Tokenizer.from_str(text)
+    except UserError:
         raise
-    except BaseException as error:            # a bare Exception, or Rust's PanicException
+    except Exception as error:                # the library raises bare Exception
         raise UserError(f"{path} is not a tokenizer file: {error}") from None
 
 

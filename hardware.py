@@ -720,18 +720,18 @@ def check_memory(checkpoint, device, size, choice):
     needed = memory_needed(networks, size, choice)
     if free is None or needed <= free:
         return
-    options = [{"tile": True}, {"offload": "networks"}, {"weights": "int8"},
-               {"weights": "int8", "offload": "networks"}, {"offload": "blocks"},
-               {"weights": "int8", "offload": "blocks"}]
+    tile, int8, bfloat16 = {"tile": True}, {"weights": "int8"}, {"dtype": torch.bfloat16}
+    networks_in_turn, blocks_in_turn = {"offload": "networks"}, {"offload": "blocks"}
+    options = {"--tile": tile, "--offload": networks_in_turn, "--weights int8": int8,
+               "--weights int8 --offload": int8 | networks_in_turn,
+               "--offload blocks": blocks_in_turn,
+               "--weights int8 --offload blocks": int8 | blocks_in_turn}
     if choice.is_mapped:
-        options = [{"tile": True}, {"dtype": torch.bfloat16}, {"weights": "int8"},
-                   {"dtype": torch.bfloat16, "weights": "int8"}]
+        options = {"--tile": tile, "--dtype bfloat16": bfloat16, "--weights int8": int8,
+                   "--dtype bfloat16 --weights int8": bfloat16 | int8}
     fitting = []
-    for option in options:
+    for words, option in options.items():
         need = memory_needed(networks, size, choice._replace(**option))
-        words = " ".join(f"--{name} {value}" for name, value in option.items())
-        words = words.replace("torch.", "").replace("offload networks", "offload")
-        words = words.replace("tile True", "tile")
         if need <= free:
             fitting.append(f"{words} needs {need / 1e9:.1f}")
     raise UserError(f"this needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "

@@ -22,7 +22,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -44,7 +43,14 @@ from tqdm import tqdm
 
 import convert_weights
 from convert_weights import UserError
-from files import PART, alone_in, new_name, temporary, write_whole
+from files import (
+    PART,
+    alone_in,
+    drop_what_cannot_be_written,
+    new_name,
+    temporary,
+    write_whole,
+)
 from hardware import torchrun_rank
 from model import DiT, Text
 from sampler import BUNDLED, encode_prompts
@@ -247,8 +253,7 @@ class Processes:
 
 def end_process(code):
     """Ends the process without taking Python apart."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    drop_what_cannot_be_written()
     os._exit(code)
 
 
@@ -675,12 +680,13 @@ def check_folder(args):
         option = f"--{name.replace('_', '-')} {place}"
         if any(old in (place, *place.parents) for old in removed):
             raise UserError(f"--overwrite would remove {option}: take another --out")
-        if name == "teacher" and place in out.resolve().parents:
-            raise UserError(f"--out {out} lies in {option}: take another --out")
-        if name == "teacher" and args.cache_features:        # it would be another teacher then
-            cache = Path(args.cache_features).resolve()
-            if place in (cache, *cache.parents):
-                raise UserError(f"--cache-features {cache} lies in {option}: take another folder")
+    teacher = Path(args.teacher or BUNDLED[1]).resolve()
+    if teacher in out.resolve().parents:
+        raise UserError(f"--out {out} lies in --teacher {teacher}: take another --out")
+    cache = Path(args.cache_features or os.devnull).resolve()
+    if teacher in (cache, *cache.parents):     # with a file more it would be another teacher
+        raise UserError(f"--cache-features {cache} lies in --teacher {teacher}: take another "
+                        "folder")
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         if read_run(out) is None:
             raise UserError(f"--out {out} exists and is no run of distill.py: name a new directory")

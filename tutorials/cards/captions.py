@@ -283,6 +283,11 @@ def spellable(word):
     return len(word) in boxes and all(character in CHARACTERS for character in word)
 
 
+def cover(pattern, text, letter):
+    """The text with a letter in place of each character that the pattern matches."""
+    return pattern.sub(lambda match: letter * len(match[0]), text)
+
+
 def take_word(text):
     """Text -> (the word that should be written or None, the text with MARK in its place)."""
     quoted = re.search(r'"\s*([^"]+?)\s*"', text) or re.search(r"(?<!\w)'([^']+)'(?!\w)", text)
@@ -295,8 +300,7 @@ def take_word(text):
     if not runs:
         # Known names are covered first: what is left of Chinese text after a word that announces
         # writing is what should be written.
-        covered = THING.sub(lambda match: "T" * len(match[0]), text)
-        covered = KNOWN.sub(lambda match: "#" * len(match[0]), covered)
+        covered = cover(KNOWN, cover(THING, text, "T"), "#")
         announced = rf"(?:(?<=[写着说有是的字和词了方面，, #])|^)([{HANZI}]{{1,3}})(?![{HANZI}T的])"
         runs = list(re.finditer(announced, covered))
     if not runs:
@@ -311,7 +315,7 @@ def take_card(text):
     if found:
         name = COLOR_WORDS[found[1] or found[2]]
         return (name if name in COLORS else None), text[:found.start()] + " " + text[found.end():]
-    covered = THING.sub(lambda match: "T" * len(match[0]), text)    # 海龟 is a turtle, and no sea
+    covered = cover(THING, text, "T")                     # 海龟 is a turtle, and no sea
     for name, words in LANDSCAPE_WORDS.items():
         found = re.search(f"{_PREPOSITION}(?:{words})", covered)
         if found:

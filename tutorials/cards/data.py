@@ -6,8 +6,8 @@
     parse(text)                    {"thing": "panda", "card": "sea", "word": "LOVE", ...}
 
 Thing, card, word, ink and places are drawn independently. Only the ink is one that can be read on
-the card, and only a single thing has a side. A caption leaves some of them out, and then
-any picture that shows what is named is right. Tilt, mirroring, font and light are never
+the card, and only a single thing has a side. A caption leaves some of them out, and then any
+picture that shows what is named is right. Tilt, mirroring, font and light are never
 named. One in eight combinations of thing, card and ink is never in a training picture, nor is one
 in eight words.
 

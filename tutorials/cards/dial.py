@@ -36,6 +36,7 @@ from convert_weights import (  # noqa: E402
 )
 from formats import path_name  # noqa: E402
 
+DEFAULTS = {"steps": 4, "count": 200, "seed": 0}          # of scoring
 COLUMNS = ("joint", "open", "given", "strict", "frechet", "saturation", "diversity")
 
 
@@ -94,9 +95,6 @@ def parse_arguments():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-DEFAULTS = {"steps": 4, "count": 200, "seed": 0}
 
 
 def main():

@@ -440,9 +440,9 @@ def warm_up():
 
 
 def as_worker():
-    """A process that reads: Ctrl-C is its parent's, and what its parent does on SIGTERM, too.
+    """A process that reads leaves Ctrl-C to its parent, which ends it by SIGTERM.
 
-    The parent ends it by SIGTERM. A handler in Python may miss that while the process waits.
+    So SIGTERM has no handler here: one in Python may miss it while the process waits for a lock.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -306,14 +306,14 @@ def run_variant(name, seed, options, job):
     about = {"minutes": json.loads(log[-1])["seconds"] / 60,
              "best": checkpoints[best_at], "best_at": best_at,
              "megabytes": (adapters if adapters.exists() else whole).stat().st_size / 1e6}
-    results, real = [], evaluate.drawings(held_out, 1)
+    results, real, depends_on = [], evaluate.drawings(held_out, 1), inputs(job, options)
     for steps in job.score_steps or sorted(set(args.steps)):
         latents = evaluate.sample_latents(student, held_out, steps, 0.0)
         images = evaluate.decode(student.vae, latents)
         row = evaluate.score(images, held_out, real, workers=1)
         row |= {"latent_std": float(latents.std()), **about}
         results.append({"variant": name, "seed": seed, "steps": steps, "options": options,
-                        "inputs": inputs(job, options), "log": json.loads(log[-1]), "score": row})
+                        "inputs": depends_on, "log": json.loads(log[-1]), "score": row})
     for part in () if job.keep else ("checkpoints", "student"):
         shutil.rmtree(folder / part, ignore_errors=True)      # large, and no longer needed
     return results

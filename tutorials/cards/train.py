@@ -739,6 +739,7 @@ class Drawings:
 
     def __init__(self, recipe, tokenizer):
         self.recipe = recipe
+        self.world = recipe.world()
         self.tokenizer = tokenizer
         count = recipe.drawings
         self.pictures = shared((count, data.SIDE, data.SIDE, 3), np.uint8)
@@ -773,7 +774,7 @@ class Drawings:
             self.done[chunk] = True
 
     def draw(self, i, rng):
-        scene = data.random_scene(rng, world=self.recipe.world())
+        scene = data.random_scene(rng, world=self.world)
         self.pictures[i] = data.draw(scene)
         self.words[i] = data.text_region(scene, CELLS)[0] > 0
         for k in range(self.recipe.captions):
